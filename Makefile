@@ -1,0 +1,101 @@
+# Everything a developer runs; `make` alone lists it. Needs only make and Python >= 3.11:
+# the first target that needs something installed makes .venv, later runs reuse it.
+
+PYTHON ?= python3
+VENV   ?= .venv
+
+# Development happens on the oldest supported torch, so the lower bound in pyproject.toml is true.
+# The newest one: `make test TORCH=torch`; whatever `pip install` takes may stand there.
+TORCH  ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# One empty file per finished install step. A step writes its file last, so a step that failed or
+# was interrupted has none and runs again. They live in the venv and go when it goes.
+STAMPS  := $(VENV)/.unisono
+# The file of the torch step carries a checksum of what was asked for: another TORCH, another step.
+TORCHED := $(STAMPS)/torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
+
+# $(call step,name,command,what to try): announce the step, run it, say so if it failed.
+define step
+@printf '\nunisono: %s\n' '$(1)'
+@$(2) || { printf "\nunisono: step '%s' failed, the reason is above; try: %s\n" '$(1)' '$(3)' >&2; exit 1; }
+endef
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:                 # two pips in one venv would break it
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-slow format lint types docs bench wheel clean
+
+help:  ## List the targets
+	@printf 'make TARGET, with TARGET one of\n\n'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: $(STAMPS)/demo  ## Train ten networks on 5,000 MNIST images at once
+	$(call step,train ten networks on MNIST,$(BIN)/unisono train --data mnist5k --members 10 --epochs 15 --seed 0 --out runs/mnist,$(BIN)/unisono train --help)
+
+test: $(STAMPS)/dev  ## Check everything: format, lint, types, tests, doctests, README blocks, docs
+	$(call step,check the format,$(BIN)/ruff format --check,make format)
+	$(call step,lint,$(BIN)/ruff check,make format)
+	$(call step,check the types,$(BIN)/mypy,make types)
+	$(call step,run tests and doctests and README blocks,$(BIN)/pytest,$(BIN)/pytest --last-failed)
+	$(sphinx)
+	@printf '\nunisono: all checks passed\n'
+
+test-slow: $(STAMPS)/dev  ## Run the tests that take long or need the network
+	$(call step,run the slow tests,$(BIN)/pytest -m slow,$(BIN)/pytest -m slow --last-failed)
+
+format: $(STAMPS)/dev  ## Format the code and mend what the linter can mend
+	$(call step,mend what the linter can mend,$(BIN)/ruff check --fix-only,$(BIN)/ruff check)
+	$(call step,format,$(BIN)/ruff format,$(BIN)/ruff check)
+
+lint: $(STAMPS)/dev  ## Check the format and lint
+	$(call step,check the format,$(BIN)/ruff format --check,make format)
+	$(call step,lint,$(BIN)/ruff check,make format)
+
+types: $(STAMPS)/dev  ## Check the types
+	$(call step,check the types,$(BIN)/mypy,$(BIN)/mypy --show-error-context)
+
+# -E reads every page anew: an unchanged page would keep its warnings to itself the second time.
+sphinx = $(call step,build the docs,$(BIN)/sphinx-build -W --keep-going -n -E -q docs build/docs,make docs)
+
+docs: $(STAMPS)/dev  ## Build the documentation into build/docs
+	$(sphinx)
+	@printf 'unisono: open build/docs/index.html\n'
+
+bench: $(STAMPS)/bench  ## Time ensembles against the loop and against torch.vmap
+	$(call step,run the benchmarks,$(BIN)/unisono bench,$(BIN)/unisono bench --help)
+
+wheel: $(STAMPS)/pip  ## Build the wheel into dist
+	$(call step,build the wheel,$(PIP) wheel --quiet --no-deps --wheel-dir dist .,an internet connection: the build fetches hatchling)
+
+clean:  ## Remove the venv and everything built; keeps runs/
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find src tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The install steps. --clear: without this file, a venv that is there was left half made.
+# pip comes first, because the one that Python 3.11 brings can't install dependency groups.
+$(STAMPS)/pip:
+	@command -v $(PYTHON) >/dev/null || { \
+	  printf '%s\n' "unisono: no '$(PYTHON)' found; name a Python >= 3.11: make PYTHON=/path/to/python $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  printf '%s\n' "unisono: needs Python >= 3.11, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1); name another: make PYTHON=/path/to/python $(MAKECMDGOALS)" >&2; exit 1; }
+	@printf 'unisono: the first run installs what it needs into $(VENV), which takes a few minutes\n'
+	$(call step,create $(VENV),$(PYTHON) -m venv --clear $(VENV),on Debian and Ubuntu apt install python3-venv)
+	$(call step,upgrade pip,$(PIP) install --quiet --upgrade "pip>=25.1",an internet connection and the same command again)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(TORCHED): $(STAMPS)/pip
+	@rm -f $(STAMPS)/torch-*
+	$(call step,install torch,$(PIP) install --quiet --upgrade $(TORCH),an internet connection or another torch: make TORCH=... $(MAKECMDGOALS))
+	@touch $@
+
+$(STAMPS)/demo: EXTRA := demo
+$(STAMPS)/dev: EXTRA := all
+$(STAMPS)/bench: EXTRA := all
+$(STAMPS)/dev: GROUP := --group dev
+$(STAMPS)/bench: GROUP := --group bench
+$(STAMPS)/demo $(STAMPS)/dev $(STAMPS)/bench: $(TORCHED) pyproject.toml
+	$(call step,$(strip install unisono[$(EXTRA)] $(GROUP)),$(PIP) install --quiet --editable ".[$(EXTRA)]" $(GROUP),an internet connection and the same command again)
+	@touch $@
