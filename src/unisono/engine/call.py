@@ -1,0 +1,158 @@
+"""One call for all members: template + stacked tensors + inputs -> stacked outputs.
+
+`fused`, `vmap` and `loop` are three ways to the same numbers. None of them changes the ensemble
+except through in-place writes to its buffers; what ``forward`` assigned is returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unisono.engine.axis import attach, detach, install, member_axis
+from unisono.engine.inputs import map_inputs, per_member
+from unisono.engine.parts import Assigned, Call, Parts, Result
+from unisono.engine.rules import RULES
+from unisono.engine.template import Template, Write
+from unisono.engine.tree import leaves, tree_map
+
+Strategy = Callable[[Template, Sequence[Any], Call], Result]
+"""Takes the template, a value for each of its slots, and what to run."""
+
+
+def fused(template: Template, values: Sequence[Any], call: Call) -> Result:
+    """Run ``forward`` once, every tensor standing for those of all members."""
+    install(RULES)
+    with member_axis(call.n, call.randomness) as level:
+
+        def enter(leaf: Any) -> Any:
+            return attach(leaf, level) if isinstance(leaf, Tensor) else leaf
+
+        def leave(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            value, dim = detach(leaf, level)
+            if dim is None:  # the same for all members; a copy, so that each can be written to
+                return value.expand(call.n, *value.shape).clone()
+            return value.movedim(dim, 0) if dim else value
+
+        def join(write: Write) -> Assigned:
+            stacked = any(
+                isinstance(leaf, Tensor) and detach(leaf, level)[1] is not None
+                for _, leaf in leaves(write.value)
+            )
+            value = tree_map(leave, write.value) if stacked else write.value
+            return _assigned(write._replace(value=value), stacked)
+
+        args, kwargs = map_inputs(call.args, call.kwargs, enter)
+        given = [
+            (attach(value, level) if isinstance(value, Tensor) else tree_map(enter, value))
+            if slot.stacked
+            else value
+            for slot, value in zip(template.slots, values, strict=True)
+        ]
+        with template.filled(given) as writes:
+            outputs = call.fn(template.module, *args, **kwargs)
+        return Result(tree_map(leave, outputs), [join(write) for write in writes])
+
+
+def vmap(template: Template, values: Sequence[Any], call: Call) -> Result:
+    """Run PyTorch's model-ensembling recipe: ``torch.vmap`` over ``functional_call``.
+
+    https://docs.pytorch.org/tutorials/intermediate/ensembling.html
+    """
+    slots = template.slots
+    base = _Recorder(template, call.fn)
+    trace: list[Any] = []  # containers, and leaves that aren't tensors, of the one run
+
+    def run(tensors: list[Any], inputs: list[Tensor], _: Tensor) -> list[Tensor]:
+        marked = iter(inputs)
+        args, kwargs = map_inputs(call.args, call.kwargs, lambda _: next(marked))
+        state = {
+            f"member.{slot.name}": tensor
+            for slot, tensor in zip(slots, tensors, strict=True)
+            if slot.kind != "attribute"
+        }
+        # Every name of a tied tensor is in the state, so there is nothing left to tie.
+        result = torch.func.functional_call(base, state, (tensors, args, kwargs), tie_weights=False)
+        trace.append(result)
+        return [leaf for _, leaf in leaves(result) if isinstance(leaf, Tensor)]
+
+    def axes(value: Any) -> Any:
+        return tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, value)
+
+    tensor_axes = [
+        axes(value) if slot.stacked else None for slot, value in zip(slots, values, strict=True)
+    ]
+    inputs: list[Tensor] = []
+    map_inputs(call.args, call.kwargs, inputs.append)
+    counter = torch.empty(call.n)  # an axis also for a call without any stacked tensor
+    in_dims = (tensor_axes, [0] * len(inputs), 0)
+    mapped = torch.vmap(run, in_dims, randomness=call.randomness)(list(values), inputs, counter)
+    stacked = iter(mapped)
+    outputs, writes = tree_map(
+        lambda leaf: next(stacked) if isinstance(leaf, Tensor) else leaf, trace[0]
+    )
+    return Result(outputs, [_assigned(write, _has_tensor(write.value)) for write in writes])
+
+
+class _Recorder(nn.Module):
+    """``fn(member, ...)`` as a module for ``functional_call``, which returns also the writes.
+
+    Filling the template again adds what ``functional_call`` doesn't know of: other references
+    to the same tensors, and attributes that hold one value per member.
+    """
+
+    def __init__(self, template: Template, fn: Callable[..., Any]) -> None:
+        super().__init__()
+        self.member = template.module
+        self.template = template
+        self.fn = fn
+
+    def forward(
+        self, values: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, list[Write]]:
+        with self.template.filled(values) as writes:
+            outputs = self.fn(self.member, *args, **kwargs)
+        return outputs, writes
+
+
+def loop(template: Template, values: Sequence[Any], call: Call) -> Result:
+    """Run the members one after another, on views of the stacked tensors."""
+    parts = Parts(template, values, call, Tensor.unbind)
+    results = []
+    for i in range(call.n):
+        args, kwargs = parts.inputs(i)
+        with parts.random_state(i), template.filled(parts.values(i)) as writes:
+            outputs = call.fn(template.module, *args, **kwargs)
+        results.append(Result(outputs, [_assigned(write, False) for write in writes]))
+    return parts.join(results, torch.stack)
+
+
+def in_chunks(strategy: Strategy, size: int) -> Strategy:
+    """The strategy that runs ``strategy`` over ``size`` members at a time."""
+
+    def run(template: Template, values: Sequence[Any], call: Call) -> Result:
+        parts = Parts(template, values, call, lambda tensor: torch.split(tensor, size))
+        results = []
+        for k, start in enumerate(range(0, call.n, size)):
+            args, kwargs = parts.inputs(k, mark=per_member)
+            n = min(size, call.n - start)
+            chunk = replace(call, args=args, kwargs=kwargs, n=n)
+            with parts.random_state(k):
+                results.append(strategy(template, parts.values(k), chunk))
+        return parts.join(results, torch.cat)
+
+    return run
+
+
+def _assigned(write: Write, stacked: bool) -> Assigned:
+    return Assigned(write.path, write.key, write.kind, write.value, stacked)
+
+
+def _has_tensor(tree: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for _, leaf in leaves(tree))

@@ -1,0 +1,120 @@
+"""Which strategy runs a call, what it leaves behind, and what is put back when one fails."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Literal
+
+import torch
+
+from unisono.engine import rng
+from unisono.engine.axis import version_of
+from unisono.engine.call import Strategy, fused, in_chunks, loop, vmap
+from unisono.engine.parts import Call, Result
+from unisono.engine.pool import Pool
+from unisono.engine.store import store
+from unisono.engine.template import Template
+from unisono.engine.where import caller_level, locate
+from unisono.errors import EnsembleWarning
+
+StrategyName = Literal["auto", "fused", "vmap", "loop"]
+STRATEGIES: Final[Mapping[str, Strategy]] = {"fused": fused, "vmap": vmap, "loop": loop}
+
+
+class Planner:
+    """Runs the calls of one ensemble and remembers which strategy works for which.
+
+    ``auto`` is ``fused``, and ``loop`` for what can't run for all members at once.
+
+    Args:
+        pool: The templates of the ensemble.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self._needs_loop: set[tuple[object, bool]] = set()
+        self._has_run: set[tuple[str, bool]] = set()
+        self._written: set[str] = set()  # buffers that some call wrote in place
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the choices: they are keyed by code objects, which can't be pickled."""
+        return {**vars(self), "_needs_loop": set()}
+
+    def run(self, call: Call, strategy: StrategyName, chunk_size: int | None) -> Any:
+        """The outputs of ``call`` for all members; what ``forward`` assigned is stored."""
+        if strategy in ("auto", "fused") and torch.compiler.is_compiling():
+            strategy = "vmap"  # Dynamo can't trace our driver, but knows torch.vmap
+        with self.pool.lend() as template:
+            values = template.values()
+            if strategy == "auto":
+                result = self._run_auto(template, values, call, chunk_size)
+            else:
+                result = self._run_one(strategy, template, values, call, chunk_size)
+            store(self.pool, template, result.assigned, call.n)
+        return result.outputs
+
+    def _run_auto(
+        self, template: Template, values: Sequence[Any], call: Call, chunk_size: int | None
+    ) -> Result:
+        signature = (getattr(call.fn, "__code__", call.fn), template.is_training)
+        if signature in self._needs_loop:
+            return self._run_one("loop", template, values, call, chunk_size)
+        state = rng.get_state(rng.devices_of(values))
+        try:
+            return self._run_one("fused", template, values, call, chunk_size)
+        except Exception as error:
+            reason = error
+        rng.set_state(state)
+        # If the members fail one by one, too, it is their own error that the user has to see.
+        result = self._run_one("loop", template, values, call, chunk_size)
+        self._needs_loop.add(signature)
+        warnings.warn(
+            _fallback_text(template, call, reason), EnsembleWarning, stacklevel=caller_level()
+        )
+        return result
+
+    def _run_one(
+        self,
+        name: Literal["fused", "vmap", "loop"],
+        template: Template,
+        values: Sequence[Any],
+        call: Call,
+        chunk_size: int | None,
+    ) -> Result:
+        """Run one strategy; if it fails, the buffers are put back."""
+        strategy = STRATEGIES[name]
+        if chunk_size is not None and chunk_size < call.n and name != "loop":
+            strategy = in_chunks(strategy, chunk_size)
+        is_known = (name, template.is_training) in self._has_run
+        buffers = {
+            k: value
+            for k, (slot, value) in enumerate(zip(template.slots, values, strict=True))
+            if slot.kind == "buffer" and (not is_known or slot.name in self._written)
+        }
+        before = {k: (value.clone(), version_of(value)) for k, value in buffers.items()}
+        try:
+            result = strategy(template, values, call)
+        except BaseException:
+            with torch.no_grad():
+                for k, (copy, version) in before.items():
+                    if version_of(buffers[k]) != version:
+                        buffers[k].copy_(copy)
+            raise
+        if not is_known:
+            for k, (_, version) in before.items():
+                if version_of(buffers[k]) != version:
+                    self._written.add(template.slots[k].name)
+            self._has_run.add((name, template.is_training))
+        return result
+
+
+def _fallback_text(template: Template, call: Call, reason: Exception) -> str:
+    where = locate(reason, template.module)
+    return (
+        f"Ensemble of {call.n} {type(template.module).__name__}: {where} can't run for all"
+        f' members at once, so this call runs member by member from now on (strategy "loop").'
+        f"\n  reason: {type(reason).__name__}: {str(reason).splitlines()[0] if str(reason) else ''}"
+        f'\n  remedy: rewrite {where} with batched operations; strategy="loop" says that the'
+        f' loop is fine, strategy="fused" makes this an error'
+    )

@@ -1,0 +1,67 @@
+"""Templates for calls that run at the same time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from unisono.engine.template import Template
+from unisono.engine.tree import tree_map
+
+
+class Pool:
+    """Lends a `Template` to each call, and makes another when all are in use.
+
+    Args:
+        module: The master copy of the member's tree; it is copied, never run.
+        members: The tree that owns the stacked tensors.
+        shared: Names of the tensors without a member axis.
+    """
+
+    def __init__(self, module: nn.Module, members: nn.Module, shared: Collection[str]) -> None:
+        self.module = module
+        self.members = members
+        self.shared = frozenset(shared)
+        self.attributes: frozenset[tuple[str, str]] = frozenset()
+        self._idle: list[Template] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the idle templates, which are tied to the tensors of this very ensemble."""
+        return {**vars(self), "_idle": []}
+
+    @contextmanager
+    def lend(self) -> Iterator[Template]:
+        """A template that no other call uses until the block ends."""
+        idle = self._idle
+        try:
+            template = idle.pop()  # one step, so two threads never get the same one
+        except IndexError:
+            master = copy.deepcopy(self.module)
+            template = Template(master, self.members, self.shared, self.attributes)
+        try:
+            yield template
+        finally:
+            idle.append(template)
+
+    def renew(self) -> None:
+        """Make new templates from now on; those in use are dropped when their call ends."""
+        self._idle = []
+
+    def add_attribute(self, path: str, key: str) -> None:
+        """Treat a plain attribute as one value per member from the next call on."""
+        self.attributes |= {(path, key)}
+        self.renew()
+
+    def keep(self, template: Template, path: str, key: str, value: Any) -> None:
+        """Store a plain attribute in this template and for those to come."""
+        template.keep(path, key, value)
+        # The master is copied, and a tensor with a gradient history can't be.
+        vars(self.module.get_submodule(path))[key] = tree_map(_without_history, value)
+
+
+def _without_history(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) and leaf.grad_fn is not None else leaf

@@ -1,0 +1,219 @@
+"""The member's module tree, lent to one call at a time and filled with that call's tensors.
+
+The user's own ``forward`` runs on a template: a copy of the member without tensors. For the time
+of a call its parameters and buffers are swapped for the stacked ones. Two calls at once (threads,
+or a member that calls the ensemble again) never meet in one template: each borrows its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from operator import is_
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from unisono.engine.axis import buffers_of, children_of, parameters_of
+from unisono.errors import UnsupportedModelError
+
+Kind = Literal["attribute", "parameter", "buffer", "submodule"]
+
+_KINDS: tuple[Kind, ...] = ("attribute", "parameter", "buffer", "submodule")
+_ABSENT = object()
+
+
+class Slot(NamedTuple):
+    """A place where ``forward`` looks up a tensor, and where the ensemble keeps it."""
+
+    container: Any  # a dict of the template's module, or a list that refers to the same tensor
+    key: Any
+    rest: Any  # what stands there between calls
+    source: dict[str, Any]  # a dict of the member tree's module
+    source_key: str
+    name: str  # dotted name, as in the member's state dict
+    kind: Kind
+    stacked: bool  # False: one tensor for all members
+
+
+class Write(NamedTuple):
+    """An assignment that ``forward`` made to a buffer or to a plain attribute of a module."""
+
+    path: str
+    key: str
+    kind: Kind
+    value: Any
+
+
+class Template:
+    """One copy of the member's module tree, to be filled for a call.
+
+    Args:
+        module: The tree with placeholders for tensors.
+        members: The tree that owns the stacked tensors.
+        shared: Names of the tensors without a member axis.
+        attributes: Plain attributes (path, key) that hold one value per member.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        members: nn.Module,
+        shared: Collection[str],
+        attributes: Collection[tuple[str, str]],
+    ) -> None:
+        self.module = module
+        modules = dict(module.named_modules())
+        trees = dict(members.named_modules())
+        self.slots = _tensor_slots(module, trees, shared)
+        self.slots += _alias_slots(modules, self.slots)
+        for path, key in sorted(attributes):
+            home, kept = modules[path].__dict__, trees[path].__dict__
+            home[key] = None
+            name = _join(path, key)
+            self.slots.append(Slot(home, key, None, kept, key, name, "attribute", True))
+        self._modes = [(m.__dict__, trees[path].__dict__) for path, m in modules.items()]
+        # Every dict in which forward can leave something: four per module, in the order of _KINDS.
+        self._paths = list(modules)
+        self._dicts: list[dict[str, Any]] = [
+            d
+            for m in modules.values()
+            for d in (m.__dict__, parameters_of(m), buffers_of(m), children_of(m))
+        ]
+        self._keys = [tuple(d) for d in self._dicts]
+
+    @property
+    def is_training(self) -> bool:
+        """Whether the ensemble is in train mode."""
+        return bool(self._modes[0][1]["training"])
+
+    def values(self) -> list[Any]:
+        """The ensemble's tensors (or trees of them), one for each slot."""
+        return [slot.source[slot.source_key] for slot in self.slots]
+
+    @contextmanager
+    def filled(self, values: Sequence[Any]) -> Iterator[list[Write]]:
+        """Put ``values`` into the slots for the time of a ``with`` block.
+
+        Yields a list that holds, once the block has ended well, what ``forward`` assigned. The
+        template itself is afterwards as before, also after an exception.
+        """
+        for mine, members in self._modes:
+            mine["training"] = members["training"]
+        for slot, value in zip(self.slots, values, strict=True):
+            slot.container[slot.key] = value
+        before = list(chain.from_iterable(map(dict.values, self._dicts)))
+        writes: list[Write] = []
+        completed = False
+        try:
+            yield writes
+            completed = True
+        finally:
+            if self._changed(before):
+                found = self._writes_since(before)
+                if completed:
+                    writes += found
+            for slot in self.slots:
+                slot.container[slot.key] = slot.rest
+        for write in writes:
+            _check_write(write)
+
+    def keep(self, path: str, key: str, value: Any) -> None:
+        """Store a plain attribute that ``forward`` assigned, the same for all members."""
+        self.module.get_submodule(path).__dict__[key] = value
+        self._keys = [tuple(d) for d in self._dicts]
+
+    def _changed(self, before: list[Any]) -> bool:
+        if list(map(len, self._dicts)) != list(map(len, self._keys)):
+            return True
+        now = chain.from_iterable(map(dict.values, self._dicts))
+        return not all(map(is_, now, before))
+
+    def _writes_since(self, before: list[Any]) -> list[Write]:
+        """What differs from ``before``; puts the dicts back."""
+        writes: list[Write] = []
+        old_values = iter(before)
+        for number, (d, keys) in enumerate(zip(self._dicts, self._keys, strict=True)):
+            old = {key: next(old_values) for key in keys}
+            path, kind = self._paths[number // len(_KINDS)], _KINDS[number % len(_KINDS)]
+            for key in {**old, **d}:
+                value = d.get(key, _ABSENT)
+                if value is not old.get(key, _ABSENT):
+                    writes.append(Write(path, key, kind, value))
+            d.clear()
+            d.update(old)
+        return writes
+
+
+def _tensor_slots(
+    module: nn.Module, trees: Mapping[str, nn.Module], shared: Collection[str]
+) -> list[Slot]:
+    slots = []
+    for path, owner in module.named_modules():
+        tree = trees[path]
+        homes: list[tuple[Any, Any, Kind]] = [
+            (parameters_of(owner), parameters_of(tree), "parameter"),
+            (buffers_of(owner), buffers_of(tree), "buffer"),
+        ]
+        for home, source, kind in homes:
+            for key, rest in home.items():
+                if rest is not None:
+                    name = _join(path, key)
+                    stacked = name not in shared
+                    slots.append(Slot(home, key, rest, source, key, name, kind, stacked))
+    return slots
+
+
+def _alias_slots(modules: Mapping[str, nn.Module], slots: Sequence[Slot]) -> list[Slot]:
+    """Slots for other references to the same tensors, such as an LSTM's list of flat weights."""
+    of_placeholder = {id(slot.rest): slot for slot in slots}
+    aliases: list[Slot] = []
+    seen: set[int] = set()
+
+    def visit(container: Any, path: str) -> None:
+        if id(container) in seen:
+            return
+        seen.add(id(container))
+        is_tuple = isinstance(container, tuple | set | frozenset)
+        items = container.items() if isinstance(container, dict) else enumerate(container)
+        for key, value in items:
+            slot = of_placeholder.get(id(value))
+            if slot is not None and is_tuple:
+                raise UnsupportedModelError(
+                    f"Ensemble: `{path}` is a {type(container).__name__} that holds the tensor"
+                    f" `{slot.name}`, which can't be exchanged there; use a list, or look the"
+                    f" tensor up in forward"
+                )
+            if slot is not None:
+                aliases.append(slot._replace(container=container, key=key, kind="attribute"))
+            elif isinstance(value, dict | list | tuple | set | frozenset):
+                visit(value, path)
+            elif hasattr(value, "__dict__") and not isinstance(value, nn.Module | Tensor | type):
+                visit(value.__dict__, path)
+
+    for path, module in modules.items():
+        seen.update(map(id, (parameters_of(module), buffers_of(module), children_of(module))))
+        for key, value in list(module.__dict__.items()):
+            slot = of_placeholder.get(id(value))
+            if slot is not None:
+                aliases.append(slot._replace(container=module.__dict__, key=key, kind="attribute"))
+            elif isinstance(value, dict | list | tuple | set | frozenset):
+                visit(value, _join(path, key))
+            elif hasattr(value, "__dict__") and not isinstance(value, nn.Module | Tensor | type):
+                visit(value.__dict__, _join(path, key))
+    return aliases
+
+
+def _check_write(write: Write) -> None:
+    if write.kind in ("parameter", "submodule") or write.value is _ABSENT:
+        name = _join(write.path, write.key)
+        done = "deletes" if write.value is _ABSENT else "assigns"
+        raise UnsupportedModelError(
+            f"Ensemble: forward {done} the {write.kind} `{name}`; run one member once before"
+            f" building the ensemble, so that it is there from the start, or make it a buffer"
+        )
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key

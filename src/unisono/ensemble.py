@@ -1,0 +1,317 @@
+"""`Ensemble`: the module that owns the stacked tensors of N models."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from unisono.differences import check_members
+from unisono.engine.axis import Randomness
+from unisono.engine.inputs import check_inputs
+from unisono.engine.parts import Call
+from unisono.engine.plan import Planner, StrategyName
+from unisono.engine.pool import Pool
+from unisono.errors import CheckpointError
+from unisono.options import check_options, resolve_shared
+from unisono.stacking import MemberTree, make_template, select, stack, unstack
+
+
+class Ensemble(nn.Module):
+    """N models of one architecture as one module: ``ens(x)[i] == models[i](x)``.
+
+    The ensemble copies the models' tensors; training it leaves ``models`` untouched. It is an
+    ordinary module whose parameters carry the member axis in front: ``ens.members.fc1.weight``
+    has shape (N, out, in) where a member's has (out, in).
+
+    Args:
+        models: The members, at least one. They may differ only in the values of their
+            parameters and buffers.
+        shared: Dotted names, or glob patterns such as ``"backbone.*"``, of parameters and
+            buffers that are the same in all models and are to stay so: they are stored once,
+            without a member axis, and what depends on them alone is computed once.
+        strategy: How a call runs. ``"fused"`` runs all members at once, ``"vmap"`` does it by
+            PyTorch's own recipe, ``"loop"`` runs them one after another. ``"auto"`` is fused,
+            and loop (with one `EnsembleWarning`) for a model that can't be fused.
+        randomness: Whether dropout and the like draw ``"different"`` numbers for each member,
+            the ``"same"``, or raise an ``"error"``.
+        chunk_size: How many members run at once; None for all. Smaller chunks take less memory.
+
+    Shape:
+        - input: (*) shared by all members, or (N, *) where marked with `per_member`
+        - output: (N, *), for every tensor the models return
+
+    Raises:
+        IncompatibleMembersError: If the models differ in more than the values of their tensors.
+        UnsupportedModelError: If they are of a kind that can't be stacked.
+
+    Example:
+        >>> ens = Ensemble([nn.Linear(3, 2) for _ in range(5)])
+        >>> x = torch.randn(8, 3)
+        >>> ens(x).shape
+        torch.Size([5, 8, 2])
+        >>> torch.testing.assert_close(ens(x)[4], ens[4](x))
+
+    Reference: https://docs.pytorch.org/tutorials/intermediate/ensembling.html
+    """
+
+    members: MemberTree
+
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        *,
+        shared: str | Sequence[str] = (),
+        strategy: StrategyName = "auto",
+        randomness: Randomness = "different",
+        chunk_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_options(strategy, randomness, chunk_size)
+        models = list(models)
+        names = resolve_shared(models[0], shared) if models else frozenset()
+        check_members(models, shared=names)
+        self._assemble(make_template(models[0]), stack(models, shared=names), names, len(models))
+        self.strategy = strategy
+        self.randomness = randomness
+        self.chunk_size = chunk_size
+
+    @classmethod
+    def build(
+        cls,
+        make_model: Callable[[], nn.Module],
+        n: int,
+        *,
+        seed: int = 0,
+        shared: str | Sequence[str] = (),
+        strategy: StrategyName = "auto",
+        randomness: Randomness = "different",
+        chunk_size: int | None = None,
+    ) -> Ensemble:
+        """Build an ensemble of n new models with weights of their own.
+
+        Member i is ``make_model()`` under ``torch.manual_seed(seed + i)``, whatever n is; the
+        global random state is afterwards as before.
+
+        Args:
+            make_model: Returns a new model each time it is called.
+            n: The number of members.
+            seed: Seed of member 0.
+            shared: As for `Ensemble`; the values of member 0 are kept for all.
+            strategy: As for `Ensemble`.
+            randomness: As for `Ensemble`.
+            chunk_size: As for `Ensemble`.
+
+        Returns:
+            The ensemble.
+
+        Raises:
+            ValueError: If n isn't positive.
+
+        Example:
+            >>> ens = Ensemble.build(lambda: nn.Linear(3, 2), 5, seed=0)
+            >>> len(ens)
+            5
+        """
+        n = operator.index(n)
+        if n < 1:
+            raise ValueError(f"Ensemble.build: n is the number of members, at least 1; got {n}")
+        devices = list(range(torch.cuda.device_count()))
+        models = []
+        with torch.random.fork_rng(devices):
+            for i in range(n):
+                torch.manual_seed(seed + i)
+                models.append(make_model())
+        return cls(
+            models,
+            shared=shared,
+            strategy=strategy,
+            randomness=randomness,
+            chunk_size=chunk_size,
+        )
+
+    def forward(self, /, *args: Any, **kwargs: Any) -> Any:
+        """Call every member: ``ens(x)[i] == ens[i](x)``.
+
+        Args:
+            *args: What the members' ``forward`` takes. Every member sees the whole of it, and
+                its own part of what is marked with `per_member`.
+            **kwargs: Likewise.
+
+        Returns:
+            What a member returns, every tensor in it with the member axis in front. Leaves that
+            aren't tensors are passed through.
+
+        Raises:
+            ValueError: If a marked tensor has no member axis of length N.
+        """
+        return self.run(_call_member, *args, **kwargs)
+
+    def run(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Run ``fn(member, *args, **kwargs)`` for all members at once.
+
+        The general form of the call: ``ens(x) == ens.run(lambda member, x: member(x), x)``. In
+        ``fn`` a member behaves as a plain module; it may be called several times, or not.
+
+        Args:
+            fn: A function of a member and of the inputs.
+            *args: Its inputs, with `per_member` marks as for a call.
+            **kwargs: Likewise.
+
+        Returns:
+            What ``fn`` returns, every tensor in it with the member axis in front.
+
+        Raises:
+            ValueError: If a marked tensor has no member axis of length N.
+
+        Example:
+            >>> ens = Ensemble([nn.Linear(3, 3) for _ in range(5)])
+            >>> x = torch.randn(8, 3)
+            >>> loss = ens.run(lambda member, x: (member(member(x)) - x).square().mean(), x)
+            >>> loss.shape
+            torch.Size([5])
+        """
+        check_options(self.strategy, self.randomness, self.chunk_size)
+        check_inputs("ens(...)", self._n, args, kwargs)
+        call = Call(fn, args, kwargs, self._n, self.randomness)
+        return self._planner.run(call, self.strategy, self.chunk_size)
+
+    def unstack(self) -> list[nn.Module]:
+        """N independent ordinary modules, of the models' class, with copies of the tensors.
+
+        Returns:
+            The members, in order; ``Ensemble(ens.unstack())`` equals ``ens`` bitwise.
+
+        Example:
+            >>> models = Ensemble([nn.Linear(3, 2) for _ in range(5)]).unstack()
+            >>> models[4]
+            Linear(in_features=3, out_features=2, bias=True)
+        """
+        return [self._member(i, copy=True) for i in range(self._n)]
+
+    def __len__(self) -> int:
+        """The number of members."""
+        return self._n
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        """The members in order, each as ``ens[i]``."""
+        return (self._member(i, copy=False) for i in range(self._n))
+
+    @overload
+    def __getitem__(self, index: int) -> nn.Module: ...
+    @overload
+    def __getitem__(self, index: slice | Sequence[int] | Tensor) -> Ensemble: ...
+    def __getitem__(self, index: Any) -> nn.Module | Ensemble:
+        """Member i as an ordinary module, or some of the members as an ensemble.
+
+        Args:
+            index: An integer gives member i on the ensemble's own storage: a write to one is
+                seen by the other. A slice, a list of integers, or a one-dimensional tensor of
+                integers or booleans gives an ensemble with copies of those members.
+
+        Returns:
+            The module or the sub-ensemble.
+
+        Raises:
+            IndexError: If there is no such member, or none is chosen.
+        """
+        if isinstance(index, slice):
+            return self._sub_ensemble(list(range(self._n))[index])
+        if isinstance(index, Sequence) or getattr(index, "ndim", 0) > 0:
+            chosen = torch.as_tensor(index)
+            if chosen.dtype == torch.bool:
+                if chosen.shape != (self._n,):
+                    raise IndexError(
+                        f"ens[mask]: a mask has one boolean per member, shape ({self._n},); got"
+                        f" shape {tuple(chosen.shape)}"
+                    )
+                chosen = chosen.nonzero().flatten()
+            return self._sub_ensemble([self._check_index(i) for i in chosen.tolist()])
+        return self._member(self._check_index(index), copy=False)
+
+    def train(self, mode: bool = True) -> Ensemble:
+        """Set train or eval mode, as the members' own ``train`` method does it."""
+        super().train(mode)
+        template = self._planner.pool.module
+        template.train(mode)  # a model that keeps its batch norm frozen overrides train
+        trees = dict(self.members.named_modules())
+        for path, module in template.named_modules():
+            trees[path].training = module.training
+        return self
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load a state as `torch.nn.Module.load_state_dict` does.
+
+        Raises:
+            CheckpointError: If the state is that of another number of members; nothing is loaded.
+        """
+        found = {
+            state_dict[name].shape[0]
+            for name, own in self.state_dict().items()
+            if isinstance(own, Tensor)
+            and isinstance(state_dict.get(name), Tensor)
+            and own.shape != state_dict[name].shape
+            and own.shape[1:] == state_dict[name].shape[1:]
+        }
+        if found - {self._n}:
+            count = ", ".join(map(str, sorted(found - {self._n})))
+            raise CheckpointError(
+                f"load_state_dict: the state has {count} members, this ensemble has {self._n};"
+                f" build it with as many, or take some of the larger one: big[:{self._n}]"
+            )
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def __repr__(self) -> str:
+        """The number of members, the options, and the member's own tree."""
+        total = sum(p.numel() for p in self.parameters())
+        names = self._planner.pool.shared
+        shared = sum(p.numel() for name, p in self.members.named_parameters() if name in names)
+        each = (total - shared) // self._n
+        facts = [f"{self._n} members of {each:,} parameters"]
+        if shared:
+            facts.append(f"{shared:,} shared by all")
+        facts += [f"strategy={self.strategy!r}", f"randomness={self.randomness!r}"]
+        if self.chunk_size is not None:
+            facts.append(f"chunk_size={self.chunk_size}")
+        member = repr(self._planner.pool.module).replace("\n", "\n  ")
+        return f"Ensemble(\n  {', '.join(facts)}\n  (member): {member}\n)"
+
+    def _assemble(
+        self, template: nn.Module, members: MemberTree, shared: frozenset[str], n: int
+    ) -> None:
+        self._n = n
+        self.members = members
+        self.training = members.training
+        self._planner = Planner(Pool(template, members, shared))
+
+    def _member(self, index: int, *, copy: bool) -> nn.Module:
+        pool = self._planner.pool
+        return unstack(pool.module, self.members, index, shared=pool.shared, copy=copy)
+
+    def _sub_ensemble(self, indices: list[int]) -> Ensemble:
+        if not indices:
+            raise IndexError("ens[...]: an ensemble has at least one member; none was chosen")
+        pool = self._planner.pool
+        ensemble = Ensemble.__new__(Ensemble)
+        nn.Module.__init__(ensemble)
+        members = select(self.members, indices, shared=pool.shared)
+        ensemble._assemble(make_template(pool.module), members, pool.shared, len(indices))
+        ensemble.strategy = self.strategy
+        ensemble.randomness = self.randomness
+        ensemble.chunk_size = self.chunk_size
+        return ensemble
+
+    def _check_index(self, index: Any) -> int:
+        i = operator.index(index)
+        if not -self._n <= i < self._n:
+            raise IndexError(f"ens[{i}]: there are {self._n} members, 0 to {self._n - 1}")
+        return i % self._n
+
+
+def _call_member(member: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    return member(*args, **kwargs)

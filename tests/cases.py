@@ -1,0 +1,387 @@
+"""The table of models on which every property of an ensemble is tested."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+N = 3
+B = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its inputs, and what is known of it."""
+
+    make: Callable[[], nn.Module]
+    inputs: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
+    rules: frozenset[str] = field(default_factory=frozenset)  # rules that fused has to use
+    dtype: torch.dtype = torch.float64
+    random_in_training: bool = False
+    wrong_gradient_under_vmap: str = ""  # why torch.vmap itself is wrong for per-member inputs
+
+
+def floats(*shape: int, dtype: torch.dtype = torch.float64, **kwargs: Any) -> Callable[[], Any]:
+    """Inputs: one tensor, and keyword arguments as they are."""
+    return lambda: ((torch.randn(*shape, dtype=dtype),), kwargs)
+
+
+def ids(*shape: int, high: int) -> Callable[[], Any]:
+    """Inputs: one tensor of integers below ``high``."""
+    return lambda: ((torch.randint(high, shape),), {})
+
+
+class TiedAutoencoder(nn.Module):
+    """The decoder's weight is the encoder's, transposed; two names hold one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(6, 6)
+        self.decoder = nn.Linear(6, 6)
+        self.decoder.weight = self.encoder.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(torch.tanh(self.encoder(x)))
+
+
+class TwoPaths(nn.Module):
+    """One submodule reachable by two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 5)
+        self.blocks = nn.ModuleList([self.first, nn.Linear(5, 5)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = torch.relu(block(x))
+        return self.first(x)
+
+
+class PartlyFrozen(nn.Module):
+    """The trunk does not train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(5, 7).requires_grad_(False)
+        self.head = nn.Linear(7, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.trunk(x)))
+
+
+class WithKeywords(nn.Module):
+    """Tensors and numbers by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor, *, scale: Tensor | None = None, power: int = 1) -> Tensor:
+        y = self.linear(x) ** power
+        return y if scale is None else y * scale
+
+
+@dataclass
+class Prediction:
+    """A dataclass that torch's pytree doesn't know."""
+
+    mean: Tensor
+    extras: dict[str, Any]
+
+
+Pair = namedtuple("Pair", ["left", "right"])
+
+
+class NestedOutputs(nn.Module):
+    """Dict, dataclass, named tuple, list, None and numbers in one output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 4)
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
+        y = self.linear(batch["x"]) + batch["shift"][0]
+        return {
+            "prediction": Prediction(y, {"rows": y.shape[0], "hidden": None}),
+            "pair": Pair(y.sum(), [y[:, :2], "text"]),
+            "constant": torch.ones(2, dtype=y.dtype),
+        }
+
+
+class LoopOverShape(nn.Module):
+    """A Python loop over the length of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.Linear(3 + 4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(x.shape[0], 4)
+        for t in range(x.shape[1]):
+            h = torch.tanh(self.cell(torch.cat([x[:, t], h], dim=-1)))
+        return h
+
+
+class RunningMean(nn.Module):
+    """Re-assigns one buffer and writes another in place, in training."""
+
+    mean: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * y.detach().mean(0)
+            self.count.add_(1)
+        return y - self.mean
+
+
+class KeepsState(nn.Module):
+    """Keeps a hidden state and a counter in plain attributes, as recurrent policies do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.hidden: Tensor | None = None
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x)
+        if self.hidden is not None:
+            h = h + self.hidden
+        self.hidden = h.detach().tanh()
+        self.calls += 1
+        return h * self.calls
+
+
+class SharedWeightLinear(nn.Module):
+    """Linear with a weight that is computed, so it is not one of the member's parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.randn(5, 2))
+        self.other = nn.Parameter(torch.randn(2, 5))
+        self.bias = nn.Parameter(torch.randn(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        constant = torch.eye(5, dtype=x.dtype)
+        y = F.linear(x, self.factor @ self.other, self.bias)
+        return F.linear(F.linear(y, constant), constant, self.bias)
+
+
+class ComplexLinear(nn.Module):
+    """Complex parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 5, dtype=torch.complex128))
+        self.bias = nn.Parameter(torch.randn(4, dtype=torch.complex128))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias).abs()
+
+
+class CrossEntropy(nn.Module):
+    """Returns losses with every kind of target, as ``ens.run`` does with a loss function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor, target: Tensor) -> dict[str, Tensor]:
+        y = self.linear(x)  # (B, 4) -> (B, 5)
+        weight = torch.linspace(0.5, 2.0, 5, dtype=x.dtype)
+        pixels = torch.stack([y, -y], dim=-1)  # (B, 5, 2)
+        return {
+            "mean": F.cross_entropy(y, target),
+            "ignored": F.cross_entropy(y, target, weight, ignore_index=1),
+            "sum": F.cross_entropy(y, target, reduction="sum", label_smoothing=0.1),
+            "none": F.cross_entropy(
+                pixels, torch.stack([target, 1 - target], -1), reduction="none"
+            ),
+            "probabilities": F.cross_entropy(y, y.detach().exp().softmax(-1), label_smoothing=0.1),
+            "one": F.cross_entropy(y[0], target[0]),
+            "nll": F.nll_loss(y.log_softmax(-1), target, weight),
+            "nll-none": F.nll_loss(pixels.log_softmax(1), torch.stack([target] * 2, -1)),
+        }
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def _cnn(**norm: Any) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.BatchNorm2d(4, **norm),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 6, 3, bias=False),
+        nn.BatchNorm2d(6, **norm),
+        nn.Flatten(),
+        nn.Linear(24, 3),
+    )
+
+
+def _half(dtype: torch.dtype) -> Case:
+    return Case(
+        lambda: _mlp().to(dtype), floats(B, 5, dtype=dtype), frozenset({"linear"}), dtype=dtype
+    )
+
+
+_LINEAR = frozenset({"linear"})
+_CONV2D = frozenset({"conv2d"})
+_BATCH_NORM = frozenset({"batch_norm"})
+
+_CASES: dict[str, Case] = {
+    "mlp": Case(_mlp, floats(B, 5), _LINEAR),
+    "linear-without-bias": Case(lambda: nn.Linear(5, 3, bias=False), floats(B, 5), _LINEAR),
+    "linear-without-batch": Case(lambda: nn.Linear(5, 3), floats(5), _LINEAR),
+    "linear-4d": Case(lambda: nn.Linear(5, 3), floats(2, B, 3, 5), _LINEAR),
+    "linear-empty-batch": Case(lambda: nn.Linear(5, 3), floats(0, 5), _LINEAR),
+    "linear-computed-weight": Case(SharedWeightLinear, floats(B, 5), _LINEAR),
+    "cnn-batchnorm": Case(_cnn, floats(B, 2, 8, 8), _CONV2D | _BATCH_NORM | _LINEAR),
+    "cnn-batchnorm-without-tracking": Case(
+        lambda: _cnn(track_running_stats=False), floats(B, 2, 8, 8), _CONV2D | _BATCH_NORM
+    ),
+    "cnn-batchnorm-without-affine": Case(
+        lambda: _cnn(affine=False), floats(B, 2, 8, 8), _CONV2D | _BATCH_NORM
+    ),
+    "batchnorm1d": Case(lambda: nn.BatchNorm1d(5), floats(B, 5), _BATCH_NORM),
+    "batchnorm1d-length": Case(lambda: nn.BatchNorm1d(5), floats(B, 5, 6), _BATCH_NORM),
+    "batchnorm-mlp": Case(
+        lambda: nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2)),
+        floats(B, 5),
+        _LINEAR | _BATCH_NORM,
+    ),
+    "conv-grouped": Case(
+        lambda: nn.Conv2d(4, 6, 3, groups=2, stride=2), floats(B, 4, 7, 7), _CONV2D
+    ),
+    "conv-depthwise": Case(
+        lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=4), nn.Conv2d(8, 8, 3, groups=8)),
+        floats(B, 4, 7, 7),
+        _CONV2D,
+    ),
+    "conv-dilated": Case(lambda: nn.Conv2d(2, 3, 3, dilation=2), floats(B, 2, 8, 8), _CONV2D),
+    "conv-circular": Case(
+        lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"),
+        floats(B, 2, 6, 6),
+        _CONV2D,
+    ),
+    "conv-same-padding": Case(
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 3, (3, 1), padding="same"),
+            nn.Flatten(2),
+            nn.Conv1d(3, 2, 3, padding="valid"),
+            nn.Unflatten(2, (2, 2, 7)),
+            nn.Conv3d(2, 2, 1, padding="same"),
+        ),
+        floats(B, 2, 5, 6),
+        frozenset({"conv2d.padding", "conv1d.padding", "conv3d.padding"}),
+    ),
+    "conv-without-batch": Case(lambda: nn.Conv2d(2, 3, 3), floats(2, 6, 6)),
+    "conv1d": Case(
+        lambda: nn.Sequential(nn.Conv1d(3, 4, 3), nn.ReLU(), nn.Conv1d(4, 2, 3, stride=2)),
+        floats(B, 3, 12),
+        frozenset({"conv1d"}),
+    ),
+    "conv3d": Case(
+        lambda: nn.Sequential(nn.Conv3d(2, 3, 2), nn.BatchNorm3d(3)),
+        floats(B, 2, 4, 4, 4),
+        frozenset({"conv3d", "batch_norm"}),
+    ),
+    "dropout": Case(
+        lambda: nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 2)),
+        floats(B, 5),
+        _LINEAR,
+        random_in_training=True,
+    ),
+    "layernorm": Case(
+        lambda: nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 2)),
+        floats(B, 5),
+        _LINEAR,
+    ),
+    "groupnorm": Case(
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4)), floats(B, 2, 6, 6), _CONV2D
+    ),
+    "embedding-padding-index": Case(
+        lambda: nn.Sequential(nn.Embedding(7, 4, padding_idx=0), nn.Flatten(), nn.Linear(12, 2)),
+        ids(B, 3, high=7),
+        _LINEAR | {"embedding"},
+        wrong_gradient_under_vmap="torch's batching rule of embedding drops padding_idx",
+    ),
+    "prelu": Case(lambda: nn.Sequential(nn.Linear(5, 6), nn.PReLU(6)), floats(B, 5), _LINEAR),
+    "tied": Case(TiedAutoencoder, floats(B, 6), _LINEAR),
+    "two-paths": Case(TwoPaths, floats(B, 5), _LINEAR),
+    "frozen": Case(PartlyFrozen, floats(B, 5), _LINEAR),
+    "keywords": Case(
+        WithKeywords,
+        lambda: (
+            (torch.randn(B, 5, dtype=torch.float64),),
+            {"scale": torch.randn(5, dtype=torch.float64), "power": 2},
+        ),
+        _LINEAR,
+    ),
+    "nested-outputs": Case(
+        NestedOutputs,
+        lambda: (
+            (
+                {
+                    "x": torch.randn(B, 5, dtype=torch.float64),
+                    "shift": (torch.randn(4, dtype=torch.float64), None),
+                },
+            ),
+            {},
+        ),
+        _LINEAR,
+    ),
+    "loop-over-shape": Case(LoopOverShape, floats(B, 5, 3), _LINEAR),
+    "reassigned-buffer": Case(RunningMean, floats(B, 3), _LINEAR),
+    "plain-attributes": Case(KeepsState, floats(B, 3), _LINEAR),
+    "float16": _half(torch.float16),
+    "bfloat16": _half(torch.bfloat16),
+    "complex": Case(
+        ComplexLinear,
+        floats(B, 5, dtype=torch.complex128),
+        _LINEAR,
+        dtype=torch.complex128,
+    ),
+    "cross-entropy": Case(
+        CrossEntropy,
+        lambda: ((torch.randn(B, 4, dtype=torch.float64), torch.tensor([0, 1, 1, 0])), {}),
+        _LINEAR | {"cross_entropy_loss", "nll_loss_nd"},
+    ),
+    "without-parameters": Case(lambda: nn.Sequential(nn.Tanh(), nn.Flatten()), floats(B, 2, 3)),
+}
+
+CASES = [pytest.param(case, id=name) for name, case in _CASES.items()]
+
+
+def members(case: Case, n: int = N) -> list[nn.Module]:
+    """N models with values of their own everywhere, also where torch starts with 0 or 1."""
+    models = [case.make() for _ in range(n)]
+    for model in models:
+        if case.dtype == torch.float64:
+            model.double()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            for name, buffer in model.named_buffers():
+                if buffer.is_floating_point():
+                    noise = torch.rand_like(buffer)
+                    buffer.copy_(noise + 0.5 if name.endswith("var") else buffer + noise)
+    return models
