@@ -291,7 +291,14 @@ class Ensemble(nn.Module):
 
     def _member(self, index: int, *, copy: bool) -> nn.Module:
         pool = self._planner.pool
-        return unstack(pool.module, self.members, index, shared=pool.shared, copy=copy)
+        return unstack(
+            pool.module,
+            self.members,
+            index,
+            shared=pool.shared,
+            attributes=pool.attributes,
+            copy=copy,
+        )
 
     def _sub_ensemble(self, indices: list[int]) -> Ensemble:
         if not indices:
@@ -299,8 +306,9 @@ class Ensemble(nn.Module):
         pool = self._planner.pool
         ensemble = Ensemble.__new__(Ensemble)
         nn.Module.__init__(ensemble)
-        members = select(self.members, indices, shared=pool.shared)
+        members = select(self.members, indices, shared=pool.shared, attributes=pool.attributes)
         ensemble._assemble(make_template(pool.module), members, pool.shared, len(indices))
+        ensemble._planner.pool.attributes = pool.attributes
         ensemble.strategy = self.strategy
         ensemble.randomness = self.randomness
         ensemble.chunk_size = self.chunk_size

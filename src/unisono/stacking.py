@@ -15,6 +15,7 @@ from unisono.engine.axis import (
     non_persistent_buffers_of,
     parameters_of,
 )
+from unisono.engine.tree import tree_map
 from unisono.errors import UnsupportedModelError
 
 
@@ -79,14 +80,27 @@ def stack(models: Sequence[nn.Module], *, shared: Collection[str] = ()) -> Membe
     return _mirror(models[0], join)
 
 
-def select(members: MemberTree, indices: Sequence[int], *, shared: Collection[str]) -> MemberTree:
+def select(
+    members: MemberTree,
+    indices: Sequence[int],
+    *,
+    shared: Collection[str],
+    attributes: Collection[tuple[str, str]],
+) -> MemberTree:
     """A copy of the tree with only the members ``indices``, in that order."""
 
     def take(name: str, kept: Tensor) -> Tensor:
         source = kept.detach()
         return source.clone() if name in shared else _stack_tensors([source[i] for i in indices])
 
-    return _mirror(members, take)
+    def take_leaf(leaf: Any) -> Any:
+        return take("", leaf) if isinstance(leaf, Tensor) else leaf
+
+    chosen = _mirror(members, take)
+    for path, key in attributes:
+        kept = vars(members.get_submodule(path))[key]
+        vars(chosen.get_submodule(path))[key] = tree_map(take_leaf, kept)
+    return chosen
 
 
 def make_template(model: nn.Module) -> nn.Module:
@@ -113,7 +127,13 @@ def make_template(model: nn.Module) -> nn.Module:
 
 
 def unstack(
-    template: nn.Module, members: MemberTree, index: int, *, shared: Collection[str], copy: bool
+    template: nn.Module,
+    members: MemberTree,
+    index: int,
+    *,
+    shared: Collection[str],
+    attributes: Collection[tuple[str, str]],
+    copy: bool,
 ) -> nn.Module:
     """Member ``index`` as an ordinary module of the models' own class.
 
@@ -122,6 +142,7 @@ def unstack(
         members: What `stack` made.
         index: The member, counted from 0.
         shared: Names of the tensors without a member axis.
+        attributes: Plain attributes (path, key) that hold one value per member.
         copy: Whether the module gets tensors of its own, or views of the stacked ones.
 
     Returns:
@@ -136,6 +157,13 @@ def unstack(
     modes = {path: tree.training for path, tree in members.named_modules()}
     for path, module in member.named_modules():
         module.training = modes[path]
+
+    def take_leaf(leaf: Any) -> Any:
+        return _member_tensor(leaf.detach(), index, copy=copy) if isinstance(leaf, Tensor) else leaf
+
+    for path, key in attributes:
+        kept_value = vars(members.get_submodule(path))[key]
+        vars(member.get_submodule(path))[key] = tree_map(take_leaf, kept_value)
     return member
 
 

@@ -140,8 +140,3 @@ def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
 def non_persistent_buffers_of(module: nn.Module) -> set[str]:
     """Names of the module's own buffers that its ``state_dict`` leaves out."""
     return module._non_persistent_buffers_set
-
-
-def version_of(tensor: Tensor) -> int:
-    """How often the tensor was written in place; 0 where torch doesn't count."""
-    return 0 if tensor.is_inference() else tensor._version

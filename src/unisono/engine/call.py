@@ -6,7 +6,8 @@ except through in-place writes to its buffers; what ``forward`` assigned is retu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,9 @@ from unisono.engine.parts import Assigned, Call, Parts, Result
 from unisono.engine.rules import RULES
 from unisono.engine.template import Template, Write
 from unisono.engine.tree import leaves, tree_map
+from unisono.engine.where import locate
+
+_AT_ONCE = 'while all members ran at once; strategy="loop" runs them one by one'
 
 Strategy = Callable[[Template, Sequence[Any], Call], Result]
 """Takes the template, a value for each of its slots, and what to run."""
@@ -55,7 +59,7 @@ def fused(template: Template, values: Sequence[Any], call: Call) -> Result:
             else value
             for slot, value in zip(template.slots, values, strict=True)
         ]
-        with template.filled(given) as writes:
+        with _located(template, _AT_ONCE), template.filled(given) as writes:
             outputs = call.fn(template.module, *args, **kwargs)
         return Result(tree_map(leave, outputs), [join(write) for write in writes])
 
@@ -92,7 +96,8 @@ def vmap(template: Template, values: Sequence[Any], call: Call) -> Result:
     map_inputs(call.args, call.kwargs, inputs.append)
     counter = torch.empty(call.n)  # an axis also for a call without any stacked tensor
     in_dims = (tensor_axes, [0] * len(inputs), 0)
-    mapped = torch.vmap(run, in_dims, randomness=call.randomness)(list(values), inputs, counter)
+    with _located(template, _AT_ONCE):
+        mapped = torch.vmap(run, in_dims, randomness=call.randomness)(list(values), inputs, counter)
     stacked = iter(mapped)
     outputs, writes = tree_map(
         lambda leaf: next(stacked) if isinstance(leaf, Tensor) else leaf, trace[0]
@@ -127,8 +132,9 @@ def loop(template: Template, values: Sequence[Any], call: Call) -> Result:
     results = []
     for i in range(call.n):
         args, kwargs = parts.inputs(i)
-        with parts.random_state(i), template.filled(parts.values(i)) as writes:
-            outputs = call.fn(template.module, *args, **kwargs)
+        with parts.random_state(i), _located(template, f"of member {i}"):
+            with template.filled(parts.values(i)) as writes:
+                outputs = call.fn(template.module, *args, **kwargs)
         results.append(Result(outputs, [_assigned(write, False) for write in writes]))
     return parts.join(results, torch.stack)
 
@@ -148,6 +154,16 @@ def in_chunks(strategy: Strategy, size: int) -> Strategy:
         return parts.join(results, torch.cat)
 
     return run
+
+
+@contextmanager
+def _located(template: Template, when: str) -> Iterator[None]:
+    """Add to an error where in the member it was raised."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"ens(...): raised in {locate(error, template.module)} {when}")
+        raise
 
 
 def _assigned(write: Write, stacked: bool) -> Assigned:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unisono.engine import rng
-from unisono.engine.axis import Randomness, version_of
+from unisono.engine.axis import Randomness
 from unisono.engine.inputs import map_inputs
 from unisono.engine.template import Kind, Template
 from unisono.engine.tree import leaves, transpose, tree_map
@@ -70,6 +70,7 @@ class Parts:
         cut: Callable[[Tensor], Sequence[Tensor]],
     ) -> None:
         self._slots = template.slots
+        self._is_training = template.is_training
         self._whole = values
         self._call = call
         self._cut = cut
@@ -78,7 +79,7 @@ class Parts:
         self._state: rng.RandomState | None = None
         # A buffer without member axis is written once, by part 0; the others write to copies.
         self._shared = {
-            k: (value.clone(), version_of(value))
+            k: value.clone()
             for k, (slot, value) in enumerate(zip(self._slots, values, strict=True))
             if slot.kind == "buffer" and not slot.stacked
         }
@@ -90,7 +91,7 @@ class Parts:
             if slot.stacked:
                 given.append(self._part_of(value, part))
             elif part > 0 and k in self._shared:
-                given.append(self._shared[k][0].clone())
+                given.append(self._shared[k].clone())
             else:
                 given.append(value)
         self._given.append(given)
@@ -166,11 +167,10 @@ class Parts:
         return item._replace(value=join_trees(f"`{item.name}`", values, join), stacked=True)
 
     def _check_shared_buffers(self) -> None:
-        for k, (_, version) in self._shared.items():
-            kept = self._whole[k]
-            if version_of(kept) != version and not all(
-                torch.equal(kept, given[k]) for given in self._given
-            ):
+        if not self._is_training:
+            return
+        for k in self._shared:
+            if not all(torch.equal(self._whole[k], given[k]) for given in self._given):
                 raise EnsembleError(
                     f"ens(...): the buffer `{self._slots[k].name}` is kept once for all members"
                     f" (shared=), but forward writes another value for each; leave it out of"

@@ -9,7 +9,6 @@ from typing import Any, Final, Literal
 import torch
 
 from unisono.engine import rng
-from unisono.engine.axis import version_of
 from unisono.engine.call import Strategy, fused, in_chunks, loop, vmap
 from unisono.engine.parts import Call, Result
 from unisono.engine.pool import Pool
@@ -34,8 +33,7 @@ class Planner:
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
         self._needs_loop: set[tuple[object, bool]] = set()
-        self._has_run: set[tuple[str, bool]] = set()
-        self._written: set[str] = set()  # buffers that some call wrote in place
+        self._runs_in_eval: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the choices: they are keyed by code objects, which can't be pickled."""
@@ -86,27 +84,29 @@ class Planner:
         strategy = STRATEGIES[name]
         if chunk_size is not None and chunk_size < call.n and name != "loop":
             strategy = in_chunks(strategy, chunk_size)
-        is_known = (name, template.is_training) in self._has_run
-        buffers = {
-            k: value
-            for k, (slot, value) in enumerate(zip(template.slots, values, strict=True))
-            if slot.kind == "buffer" and (not is_known or slot.name in self._written)
-        }
-        before = {k: (value.clone(), version_of(value)) for k, value in buffers.items()}
+        # In eval mode hardly any model writes its buffers: once it has run it is trusted.
+        is_known = not template.is_training and name in self._runs_in_eval
+        before = [] if is_known else _copies_of_buffers(template, values)
         try:
             result = strategy(template, values, call)
         except BaseException:
             with torch.no_grad():
-                for k, (copy, version) in before.items():
-                    if version_of(buffers[k]) != version:
-                        buffers[k].copy_(copy)
+                for buffer, copy in before:
+                    buffer.copy_(copy)
             raise
-        if not is_known:
-            for k, (_, version) in before.items():
-                if version_of(buffers[k]) != version:
-                    self._written.add(template.slots[k].name)
-            self._has_run.add((name, template.is_training))
+        if not template.is_training:
+            self._runs_in_eval.add(name)
         return result
+
+
+def _copies_of_buffers(
+    template: Template, values: Sequence[Any]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [
+        (value, value.clone())
+        for slot, value in zip(template.slots, values, strict=True)
+        if slot.kind == "buffer" and isinstance(value, torch.Tensor)
+    ]
 
 
 def _fallback_text(template: Template, call: Call, reason: Exception) -> str:

@@ -85,8 +85,8 @@ class Template:
 
     @property
     def is_training(self) -> bool:
-        """Whether the ensemble is in train mode."""
-        return bool(self._modes[0][1]["training"])
+        """Whether any of the member's modules is in train mode."""
+        return any(members["training"] for _, members in self._modes)
 
     def values(self) -> list[Any]:
         """The ensemble's tensors (or trees of them), one for each slot."""

@@ -1,0 +1,268 @@
+"""One answer from N: mean, median, vote ... over the leading member axis.
+
+Pure functions of the tensor that an ensemble returns, whatever its trailing shape. None of them
+waits for a device. NaN of one member shows in `mean`, `median`, `weighted` and `probabilities`; in
+`vote` that member abstains.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def mean(outputs: Tensor) -> Tensor:
+    """Average the members: ``sum_i outputs[i] / N``.
+
+    Args:
+        outputs: Outputs of all members, of floating or complex dtype.
+
+    Returns:
+        The average, of the same dtype.
+
+    Shape:
+        - outputs: (N, *)
+        - returns: (*)
+
+    Raises:
+        ValueError: If there is no member axis, or no member on it.
+        TypeError: If the outputs are no tensor, or integers.
+
+    Example:
+        >>> mean(torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
+        tensor([2., 4.])
+    """
+    _check("mean", outputs)
+    return outputs.mean(0)
+
+
+def median(outputs: Tensor) -> Tensor:
+    """Take the middle member of each element; for even N, the average of the middle two.
+
+    `numpy.median` agrees; `torch.median` takes the lower of the two. One member gone astray moves
+    the median little.
+
+    Args:
+        outputs: Outputs of all members, of floating dtype.
+
+    Returns:
+        The median, of the same dtype; NaN where a member is NaN.
+
+    Shape:
+        - outputs: (N, *)
+        - returns: (*)
+
+    Raises:
+        ValueError: If there is no member axis, or no member on it.
+        TypeError: If the outputs are no tensor, integers, or complex.
+
+    Example:
+        >>> median(torch.tensor([1.0, 2.0, 4.0, 99.0]))
+        tensor(3.)
+    """
+    _check("median", outputs)
+    if outputs.is_complex():
+        raise TypeError(f"combine.median: complex numbers have no order, got {outputs.dtype}")
+    n = outputs.shape[0]
+    ordered = outputs.sort(0).values
+    low, high = ordered.select(0, (n - 1) // 2), ordered.select(0, n // 2)
+    # Halves first: the sum of two large float16 would overflow.
+    middle = low if n % 2 else low / 2 + high / 2
+    last = ordered.select(0, -1)
+    return torch.where(last.isnan(), last, middle)  # NaN sorts last
+
+
+def weighted(outputs: Tensor, weights: Tensor | Sequence[float]) -> Tensor:
+    """Average the members by weight: ``sum_i w[i] outputs[i] / sum_i w[i]``.
+
+    Weights are shares: none is negative. NaN of a member shows even at weight zero; leave a member
+    out by indexing, ``outputs[keep]``. A tensor of weights may have a gradient.
+
+    Args:
+        outputs: Outputs of all members, of floating or complex dtype.
+        weights: One number per member. Numbers and tensors on the CPU are checked; a tensor on
+            another device isn't, as that would wait for the device: there, weights that sum to zero
+            give NaN.
+
+    Returns:
+        The weighted average, of the outputs' dtype and on their device.
+
+    Shape:
+        - outputs: (N, *)
+        - weights: (N,)
+        - returns: (*)
+
+    Raises:
+        ValueError: If there is no member axis, or the weights aren't N finite numbers, none below
+            zero and one above.
+        TypeError: If the outputs are no tensor, or integers.
+
+    Example:
+        >>> weighted(torch.tensor([[1.0, 2.0], [5.0, 6.0]]), [3, 1])
+        tensor([2., 3.])
+    """
+    _check("weighted", outputs)
+    n = outputs.shape[0]
+    real = outputs.real.dtype if outputs.is_complex() else outputs.dtype
+    wide = torch.promote_types(real, torch.float32)
+    shape = tuple(weights.shape) if isinstance(weights, Tensor) else (len(weights),)
+    if shape != (n,):
+        raise ValueError(
+            f"combine.weighted: {n} members need weights of shape ({n},), got shape {shape}"
+        )
+    if isinstance(weights, Tensor):
+        _check_on_cpu(weights)
+        weights = weights.to(device=outputs.device, dtype=wide)
+    else:
+        numbers = [float(weight) for weight in weights]
+        _check_weights(numbers)
+        weights = torch.tensor(numbers, device=outputs.device, dtype=wide)
+    shares = (weights / weights.sum()).reshape(n, *[1] * (outputs.ndim - 1))
+    return (shares * outputs).sum(0).to(outputs.dtype)
+
+
+def probabilities(logits: Tensor, dim: int = -1) -> Tensor:
+    """Average the members' class probabilities: ``sum_i softmax(logits[i]) / N``.
+
+    Half precision is computed in float32 and rounded at the end.
+
+    Args:
+        logits: Logits of all members, of floating dtype.
+        dim: The class axis of `logits`, any but the member axis 0.
+
+    Returns:
+        The probabilities, of the same dtype; they sum to one over the classes.
+
+    Shape:
+        - logits: (N, *, C)
+        - returns: (*, C)
+
+    Raises:
+        ValueError: If there is no member axis, no member on it, or no class axis `dim`.
+        TypeError: If the logits are no tensor, integers, or complex.
+
+    Example:
+        >>> probabilities(torch.tensor([[0.0, 0.0], [9.0, 9.0]]))
+        tensor([0.5000, 0.5000])
+    """
+    _check("probabilities", logits)
+    dim = _class_axis("probabilities", logits, dim)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return logits.softmax(dim, dtype=wide).mean(0).to(logits.dtype)
+
+
+def vote(outputs: Tensor, dim: int = -1) -> Tensor:
+    """Return the class that most members choose; of equally many, the lowest.
+
+    From logits (floating dtype), each member chooses its largest, of equals the lowest class; a
+    member with NaN among its logits abstains. Labels (integer dtype) are the choices themselves,
+    one below zero an abstention. Where all abstain, the result is -1.
+
+    Args:
+        outputs: Logits or labels of all members.
+        dim: The class axis of the logits, any but the member axis 0. Labels have none.
+
+    Returns:
+        The winning class of each element, int64.
+
+    Shape:
+        - outputs: logits (N, *, C) or labels (N, *)
+        - returns: (*)
+
+    Raises:
+        ValueError: If there is no member axis, no member on it, or no class axis `dim`.
+        TypeError: If the outputs are no tensor, or complex.
+
+    Example:
+        >>> vote(torch.tensor([[0.0, 1.0], [2.0, 0.0], [0.0, 3.0]]))
+        tensor(1)
+        >>> vote(torch.tensor([2, 0, 2, 0]))
+        tensor(0)
+    """
+    _check("vote", outputs, integers=True)
+    if outputs.is_floating_point() or outputs.is_complex():
+        dim = _class_axis("vote", outputs, dim)
+        # Of equal values argmax takes the first: torch documents it.
+        choices = outputs.argmax(dim).masked_fill(outputs.isnan().any(dim), -1)
+    else:
+        choices = outputs.long()
+    n = choices.shape[0]
+    ordered = choices.sort(0).values  # equal choices stand together: (N, *)
+    place = torch.arange(n, device=choices.device).reshape(n, *[1] * (choices.ndim - 1))
+    first = torch.ones_like(ordered.narrow(0, 0, 1), dtype=torch.bool)
+    begins = torch.cat([first, ordered.diff(dim=0) != 0])
+    votes = place - (place * begins).cummax(0).values + 1  # counted up to this place
+    # Most votes first, then the earlier place: no two places score the same.
+    score = (votes * n + (n - 1 - place)).masked_fill(ordered < 0, -1)
+    winner = ordered.gather(0, score.max(0, keepdim=True).indices).squeeze(0)
+    return winner.clamp(min=-1)
+
+
+def _check(name: str, outputs: Tensor, *, integers: bool = False) -> None:
+    """Raise unless `outputs` is a tensor of members on axis 0, and can be averaged."""
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"combine.{name}: expected one tensor of outputs, got {type(outputs).__name__}; "
+            f"combine each tensor in it by itself"
+        )
+    if outputs.ndim == 0:
+        raise ValueError(
+            f"combine.{name}: axis 0 of the outputs is the member, but these have no axis"
+        )
+    if outputs.shape[0] == 0:
+        raise ValueError(
+            f"combine.{name}: outputs of shape {tuple(outputs.shape)} have no member on axis 0"
+        )
+    if not (integers or outputs.is_floating_point() or outputs.is_complex()):
+        raise TypeError(
+            f"combine.{name}: outputs of dtype {outputs.dtype} can't be averaged; "
+            f"use combine.vote for labels, or outputs.float()"
+        )
+
+
+def _class_axis(name: str, logits: Tensor, dim: int) -> int:
+    """Return the class axis counted from 0, or raise if `dim` isn't one."""
+    shape = tuple(logits.shape)
+    if logits.is_complex():
+        raise TypeError(f"combine.{name}: logits are real numbers, got {logits.dtype}")
+    if logits.ndim < 2:
+        raise ValueError(
+            f"combine.{name}: logits have a member axis and a class axis, got shape {shape}"
+        )
+    if not -logits.ndim <= dim < logits.ndim:
+        raise ValueError(f"combine.{name}: dim={dim} is no axis of logits of shape {shape}")
+    if dim % logits.ndim == 0:
+        raise ValueError(
+            f"combine.{name}: dim={dim} is the member axis of logits of shape {shape}; "
+            f"dim names the class axis"
+        )
+    if shape[dim] == 0:
+        raise ValueError(f"combine.{name}: logits of shape {shape} have no class on axis {dim}")
+    return dim % logits.ndim
+
+
+def _check_on_cpu(weights: Tensor) -> None:
+    """Check the weights if that takes no wait for a device, and they have values at all."""
+    if weights.is_complex():
+        raise TypeError(f"combine.weighted: weights are real numbers, got {weights.dtype}")
+    if weights.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    try:
+        values = weights.tolist()
+    except RuntimeError:  # fake tensors, and tensors inside torch.func.vmap, have no values to read
+        return
+    _check_weights(values)
+
+
+def _check_weights(weights: Sequence[float]) -> None:
+    for i, weight in enumerate(weights):
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(
+                f"combine.weighted: weights are finite and not negative, "
+                f"but weights[{i}] is {weight}"
+            )
+    if not any(weights):
+        raise ValueError(f"combine.weighted: the {len(weights)} weights sum to zero")

