@@ -946,6 +946,18 @@ def test_compiled_models():
     )
 
 
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_functions_are_compared_by_the_function():
+    models = [holder(act=torch.compile(scaled_by(2), backend="eager")) for _ in range(2)]
+    for model in models:
+        model.act(torch.ones(1))
+    check_members(models)
+    models = [holder(act=torch.compile(scaled_by(i))) for i in range(2)]
+    [difference] = compare_members(models)
+    assert str(difference) == "member 1, `act (closure factor)`: 1; member 0 has 0"
+
+
 def test_members_with_a_parameter_in_common():
     weight = nn.Parameter(torch.zeros(2, 2))
     models = [holder(lambda m: setattr(m.fc, "weight", weight)) for _ in range(3)]

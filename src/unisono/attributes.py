@@ -36,6 +36,7 @@ _NOT_ARCHITECTURE = (
     *(random.Random, RemovableHandle),
 )
 _CLASS_NOISE = frozenset({"__dict__", "__weakref__", "__doc__", "__annotations__", "_abc_impl"})
+_COMPILED = "_torchdynamo_orig_callable"  # torch 2.13; without it, compiled functions differ
 _UNREADABLE = object()
 _BY_IDENTITY: Any = object.__eq__
 _PLAIN_OBJECT = object().__reduce_ex__(4)[0]  # the standard way to copy an object
@@ -165,6 +166,9 @@ class Comparison(ABC):
             self.visit_modules(a, b, path, within)
 
     def _visit_function(self, a: Any, b: Any, path: str, _: bool) -> None:
+        if hasattr(a, _COMPILED) and hasattr(b, _COMPILED):  # what torch.compile adds tells nothing
+            self.visit(getattr(a, _COMPILED), getattr(b, _COMPILED), path, True)
+            return
         if a.__code__ != b.__code__:
             self.report(path, *contrast(a, b))
             return

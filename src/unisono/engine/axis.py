@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal
 
 import torch
@@ -45,14 +44,21 @@ _install_lock = threading.Lock()
 _library: torch.library.Library | None = None
 
 
-@contextmanager
-def member_axis(n: int, randomness: Randomness) -> Iterator[int]:
-    """Enter one level of N members; yields the level that `attach` and `detach` take."""
-    level: int = ft._vmap_increment_nesting(n, randomness)
-    _levels.entered.append((level, n))
-    try:
-        yield level
-    finally:
+class member_axis:
+    """Enter one level of N members; gives the level that `attach` and `detach` take."""
+
+    __slots__ = ("n", "randomness")
+
+    def __init__(self, n: int, randomness: Randomness) -> None:
+        self.n = n
+        self.randomness = randomness
+
+    def __enter__(self) -> int:
+        level: int = ft._vmap_increment_nesting(self.n, self.randomness)
+        _levels.entered.append((level, self.n))
+        return level
+
+    def __exit__(self, *error: object) -> None:
         _levels.entered.pop()
         ft._vmap_decrement_nesting()
 
@@ -95,29 +101,28 @@ def install(rules: Mapping[str, tuple[Rule, int]]) -> None:
 def _kernel(op: str, rules: Mapping[str, tuple[Rule, int]]) -> Callable[..., Any]:
     """The kernel that runs the op's rule below the innermost level if that is one of ours."""
     torch_kernel = torch.library.get_kernel(f"aten::{op}", _FRONT)
+    current_level, unwrap, wrap = ft.maybe_current_level, ft._unwrap_batched, ft._add_batch_dim
+    pop, push = ft.pop_dynamic_layer_stack, ft.push_dynamic_layer_stack
 
-    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+    def kernel(keyset: Any, *args: Any) -> Any:
         entered = _levels.entered
-        if not entered or entered[-1][0] != ft.maybe_current_level():
-            return torch_kernel.call_boxed(keyset, *args, **kwargs)
+        if not entered or entered[-1][0] != current_level():
+            return torch_kernel.call_boxed(keyset, *args)
         level, n = entered[-1]
         rule, num_tensors = rules[op]
-        operands = [
-            None if arg is None else ft._unwrap_batched(arg, level) for arg in args[:num_tensors]
-        ]
-        operands += [None] * (num_tensors - len(operands))
+        operands = [None if arg is None else unwrap(arg, level) for arg in args[:num_tensors]]
         # Off the stack for the rule: its ops are plain ones, or belong to the level around ours.
         entered.pop()
-        layer = ft.pop_dynamic_layer_stack()
+        layer = pop()
         try:
-            result = rule(n, *operands, *args[num_tensors:], **kwargs)
+            result = rule(n, *operands, *args[num_tensors:])
         finally:
-            ft.push_dynamic_layer_stack(layer)
+            push(layer)
             entered.append((level, n))
         if result is None:
-            return torch_kernel.call_boxed(keyset, *args, **kwargs)
+            return torch_kernel.call_boxed(keyset, *args)
         value, dim = result
-        return value if dim is None else ft._add_batch_dim(value, dim, level)
+        return value if dim is None else wrap(value, dim, level)
 
     return kernel
 

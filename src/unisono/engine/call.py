@@ -6,9 +6,7 @@ except through in-place writes to its buffers; what ``forward`` assigned is retu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,8 +57,12 @@ def fused(template: Template, values: Sequence[Any], call: Call) -> Result:
             else value
             for slot, value in zip(template.slots, values, strict=True)
         ]
-        with _located(template, _AT_ONCE), template.filled(given) as writes:
-            outputs = call.fn(template.module, *args, **kwargs)
+        try:
+            with template.filled(given) as writes:
+                outputs = call.fn(template.module, *args, **kwargs)
+        except Exception as error:
+            _add_place(error, template, _AT_ONCE)
+            raise
         return Result(tree_map(leave, outputs), [join(write) for write in writes])
 
 
@@ -96,8 +98,12 @@ def vmap(template: Template, values: Sequence[Any], call: Call) -> Result:
     map_inputs(call.args, call.kwargs, inputs.append)
     counter = torch.empty(call.n)  # an axis also for a call without any stacked tensor
     in_dims = (tensor_axes, [0] * len(inputs), 0)
-    with _located(template, _AT_ONCE):
-        mapped = torch.vmap(run, in_dims, randomness=call.randomness)(list(values), inputs, counter)
+    mapped_run = torch.vmap(run, in_dims, randomness=call.randomness)
+    try:
+        mapped = mapped_run(list(values), inputs, counter)
+    except Exception as error:
+        _add_place(error, template, _AT_ONCE)
+        raise
     stacked = iter(mapped)
     outputs, writes = tree_map(
         lambda leaf: next(stacked) if isinstance(leaf, Tensor) else leaf, trace[0]
@@ -132,9 +138,12 @@ def loop(template: Template, values: Sequence[Any], call: Call) -> Result:
     results = []
     for i in range(call.n):
         args, kwargs = parts.inputs(i)
-        with parts.random_state(i), _located(template, f"of member {i}"):
-            with template.filled(parts.values(i)) as writes:
+        try:
+            with parts.random_state(i), template.filled(parts.values(i)) as writes:
                 outputs = call.fn(template.module, *args, **kwargs)
+        except Exception as error:
+            _add_place(error, template, f"of member {i}")
+            raise
         results.append(Result(outputs, [_assigned(write, False) for write in writes]))
     return parts.join(results, torch.stack)
 
@@ -148,7 +157,7 @@ def in_chunks(strategy: Strategy, size: int) -> Strategy:
         for k, start in enumerate(range(0, call.n, size)):
             args, kwargs = parts.inputs(k, mark=per_member)
             n = min(size, call.n - start)
-            chunk = replace(call, args=args, kwargs=kwargs, n=n)
+            chunk = call._replace(args=args, kwargs=kwargs, n=n)
             with parts.random_state(k):
                 results.append(strategy(template, parts.values(k), chunk))
         return parts.join(results, torch.cat)
@@ -156,14 +165,9 @@ def in_chunks(strategy: Strategy, size: int) -> Strategy:
     return run
 
 
-@contextmanager
-def _located(template: Template, when: str) -> Iterator[None]:
+def _add_place(error: Exception, template: Template, when: str) -> None:
     """Add to an error where in the member it was raised."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"ens(...): raised in {locate(error, template.module)} {when}")
-        raise
+    error.add_note(f"ens(...): raised in {locate(error, template.module)} {when}")
 
 
 def _assigned(write: Write, stacked: bool) -> Assigned:

@@ -58,9 +58,14 @@ def map_inputs(
     def unmark(leaf: Any) -> Any:
         if not isinstance(leaf, PerMember):
             return leaf
+        if isinstance(leaf.tree, Tensor):
+            return fn(leaf.tree)
         return tree_map(lambda t: fn(t) if isinstance(t, Tensor) else t, leaf.tree)
 
-    return tree_map(unmark, args), {name: tree_map(unmark, arg) for name, arg in kwargs.items()}
+    return (
+        tuple([tree_map(unmark, arg) for arg in args]),
+        {name: tree_map(unmark, arg) for name, arg in kwargs.items()},
+    )
 
 
 def check_inputs(call: str, n: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -75,6 +80,8 @@ def check_inputs(call: str, n: int, args: tuple[Any, ...], kwargs: Mapping[str, 
     Raises:
         ValueError: If a marked leaf is no tensor, or its axis 0 isn't of length N.
     """
+    if not kwargs and all(_is_plain(arg, n) for arg in args):
+        return
     problems = [
         f"{path}{sub} {problem}"
         for path, leaf in [*leaves(args, "args"), *leaves(dict(kwargs), "kwargs")]
@@ -91,6 +98,13 @@ def check_inputs(call: str, n: int, args: tuple[Any, ...], kwargs: Mapping[str, 
             f"    ens(per_member(torch.stack(inputs)))  # member i sees inputs[i]\n"
             f"    ens(x)                                # every member sees the same x"
         )
+
+
+def _is_plain(arg: Any, n: int) -> bool:
+    """Whether the argument is one tensor, and with a member axis if it is marked."""
+    if isinstance(arg, PerMember):
+        return isinstance(arg.tree, Tensor) and _problem(arg.tree, n) is None
+    return isinstance(arg, Tensor)
 
 
 def _problem(part: Any, n: int) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +17,7 @@ from unisono.engine.tree import leaves, transpose, tree_map
 from unisono.errors import EnsembleError, UnsupportedModelError
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What to run: ``fn(member, *args, **kwargs)`` for each of n members."""
 
     fn: Callable[..., Any]

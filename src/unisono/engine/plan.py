@@ -32,24 +32,29 @@ class Planner:
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
+        self._fuses: set[tuple[object, bool]] = set()
         self._needs_loop: set[tuple[object, bool]] = set()
         self._runs_in_eval: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the choices: they are keyed by code objects, which can't be pickled."""
-        return {**vars(self), "_needs_loop": set()}
+        return {**vars(self), "_fuses": set(), "_needs_loop": set()}
 
     def run(self, call: Call, strategy: StrategyName, chunk_size: int | None) -> Any:
         """The outputs of ``call`` for all members; what ``forward`` assigned is stored."""
         if strategy in ("auto", "fused") and torch.compiler.is_compiling():
             strategy = "vmap"  # Dynamo can't trace our driver, but knows torch.vmap
-        with self.pool.lend() as template:
+        template = self.pool.take()
+        try:
             values = template.values()
             if strategy == "auto":
                 result = self._run_auto(template, values, call, chunk_size)
             else:
                 result = self._run_one(strategy, template, values, call, chunk_size)
-            store(self.pool, template, result.assigned, call.n)
+            if result.assigned:
+                store(self.pool, template, result.assigned, call.n)
+        finally:
+            self.pool.give_back(template)
         return result.outputs
 
     def _run_auto(
@@ -58,12 +63,18 @@ class Planner:
         signature = (getattr(call.fn, "__code__", call.fn), template.is_training)
         if signature in self._needs_loop:
             return self._run_one("loop", template, values, call, chunk_size)
-        state = rng.get_state(rng.devices_of(values))
+        is_new = signature not in self._fuses
+        state = rng.get_state(rng.devices_of(values)) if is_new else None
         try:
-            return self._run_one("fused", template, values, call, chunk_size)
+            result = self._run_one("fused", template, values, call, chunk_size)
         except Exception as error:
             reason = error
-        rng.set_state(state)
+        else:
+            if is_new:
+                self._fuses.add(signature)
+            return result
+        if state is not None:
+            rng.set_state(state)
         # If the members fail one by one, too, it is their own error that the user has to see.
         result = self._run_one("loop", template, values, call, chunk_size)
         self._needs_loop.add(signature)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,27 +27,30 @@ class Pool:
         self.shared = frozenset(shared)
         self.attributes: frozenset[tuple[str, str]] = frozenset()
         self._idle: list[Template] = []
+        self._generation = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the idle templates, which are tied to the tensors of this very ensemble."""
         return {**vars(self), "_idle": []}
 
-    @contextmanager
-    def lend(self) -> Iterator[Template]:
-        """A template that no other call uses until the block ends."""
-        idle = self._idle
+    def take(self) -> Template:
+        """A template that no other call uses until it is given back."""
         try:
-            template = idle.pop()  # one step, so two threads never get the same one
+            return self._idle.pop()  # one step, so two threads never get the same one
         except IndexError:
-            master = copy.deepcopy(self.module)
-            template = Template(master, self.members, self.shared, self.attributes)
-        try:
-            yield template
-        finally:
-            idle.append(template)
+            module = copy.deepcopy(self.module)
+            return Template(
+                module, self.members, self.shared, self.attributes, generation=self._generation
+            )
+
+    def give_back(self, template: Template) -> None:
+        """Let other calls use the template, unless it is out of date."""
+        if template.generation == self._generation:
+            self._idle.append(template)
 
     def renew(self) -> None:
         """Make new templates from now on; those in use are dropped when their call ends."""
+        self._generation += 1
         self._idle = []
 
     def add_attribute(self, path: str, key: str) -> None:

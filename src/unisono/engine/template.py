@@ -7,10 +7,9 @@ or a member that calls the ensemble again) never meet in one template: each borr
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
-from operator import is_
+from operator import is_, itemgetter
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -22,6 +21,8 @@ Kind = Literal["attribute", "parameter", "buffer", "submodule"]
 
 _KINDS: tuple[Kind, ...] = ("attribute", "parameter", "buffer", "submodule")
 _ABSENT = object()
+# What nn.Module keeps for itself; no forward assigns it.
+_BOOKKEEPING = frozenset(nn.Module().__dict__) - {"training"}
 
 
 class Slot(NamedTuple):
@@ -54,6 +55,7 @@ class Template:
         members: The tree that owns the stacked tensors.
         shared: Names of the tensors without a member axis.
         attributes: Plain attributes (path, key) that hold one value per member.
+        generation: The state of the pool that the template was made for.
     """
 
     def __init__(
@@ -62,8 +64,11 @@ class Template:
         members: nn.Module,
         shared: Collection[str],
         attributes: Collection[tuple[str, str]],
+        *,
+        generation: int = 0,
     ) -> None:
         self.module = module
+        self.generation = generation
         modules = dict(module.named_modules())
         trees = dict(members.named_modules())
         self.slots = _tensor_slots(module, trees, shared)
@@ -81,7 +86,7 @@ class Template:
             for m in modules.values()
             for d in (m.__dict__, parameters_of(m), buffers_of(m), children_of(m))
         ]
-        self._keys = [tuple(d) for d in self._dicts]
+        self._look()
 
     @property
     def is_training(self) -> bool:
@@ -92,58 +97,107 @@ class Template:
         """The ensemble's tensors (or trees of them), one for each slot."""
         return [slot.source[slot.source_key] for slot in self.slots]
 
-    @contextmanager
-    def filled(self, values: Sequence[Any]) -> Iterator[list[Write]]:
+    def filled(self, values: Sequence[Any]) -> _Filled:
         """Put ``values`` into the slots for the time of a ``with`` block.
 
-        Yields a list that holds, once the block has ended well, what ``forward`` assigned. The
-        template itself is afterwards as before, also after an exception.
+        ``with template.filled(values) as writes`` gives a list that holds, once the block has
+        ended well, what ``forward`` assigned. The template itself is afterwards as before, also
+        after an exception.
         """
-        for mine, members in self._modes:
-            mine["training"] = members["training"]
-        for slot, value in zip(self.slots, values, strict=True):
-            slot.container[slot.key] = value
-        before = list(chain.from_iterable(map(dict.values, self._dicts)))
-        writes: list[Write] = []
-        completed = False
-        try:
-            yield writes
-            completed = True
-        finally:
-            if self._changed(before):
-                found = self._writes_since(before)
-                if completed:
-                    writes += found
-            for slot in self.slots:
-                slot.container[slot.key] = slot.rest
-        for write in writes:
-            _check_write(write)
+        return _Filled(self, values)
 
     def keep(self, path: str, key: str, value: Any) -> None:
         """Store a plain attribute that ``forward`` assigned, the same for all members."""
         self.module.get_submodule(path).__dict__[key] = value
-        self._keys = [tuple(d) for d in self._dicts]
+        self._look()
 
-    def _changed(self, before: list[Any]) -> bool:
-        if list(map(len, self._dicts)) != list(map(len, self._keys)):
+    def _look(self) -> None:
+        """Note which dicts have which keys, so that `watched` can be fast."""
+        self._sizes = list(map(len, self._dicts))
+        self._watched = [
+            (number, itemgetter(*keys), keys)
+            for number, d in enumerate(self._dicts)
+            if (keys := tuple(key for key in d if key not in _BOOKKEEPING))
+        ]
+
+    def fill(self, values: Sequence[Any]) -> list[Any]:
+        """Fill the slots and return the state that `changed` compares with."""
+        for mine, members in self._modes:
+            mine["training"] = members["training"]
+        for slot, value in zip(self.slots, values, strict=True):
+            slot.container[slot.key] = value
+        return self._state()
+
+    def empty(self) -> None:
+        """Put back what stands in the slots between calls."""
+        for slot in self.slots:
+            slot.container[slot.key] = slot.rest
+
+    def changed(self, before: list[Any]) -> bool:
+        """Whether anything was assigned, added or deleted."""
+        if list(map(len, self._dicts)) != self._sizes:
             return True
-        now = chain.from_iterable(map(dict.values, self._dicts))
-        return not all(map(is_, now, before))
+        try:
+            return not all(
+                map(is_, chain.from_iterable(self._state()), chain.from_iterable(before))
+            )
+        except KeyError:  # one deleted, another added
+            return True
 
-    def _writes_since(self, before: list[Any]) -> list[Write]:
-        """What differs from ``before``; puts the dicts back."""
+    def undo(self, before: list[Any]) -> list[Write]:
+        """Put the dicts back; returns what was assigned."""
         writes: list[Write] = []
-        old_values = iter(before)
-        for number, (d, keys) in enumerate(zip(self._dicts, self._keys, strict=True)):
-            old = {key: next(old_values) for key in keys}
+        watched = {
+            number: (keys, old)
+            for (number, _, keys), old in zip(self._watched, before, strict=True)
+        }
+        for number, d in enumerate(self._dicts):
+            keys, values = watched.get(number, ((), ()))
+            old = dict(zip(keys, values, strict=True))
             path, kind = self._paths[number // len(_KINDS)], _KINDS[number % len(_KINDS)]
             for key in {**old, **d}:
                 value = d.get(key, _ABSENT)
-                if value is not old.get(key, _ABSENT):
+                if key not in _BOOKKEEPING and value is not old.get(key, _ABSENT):
                     writes.append(Write(path, key, kind, value))
-            d.clear()
-            d.update(old)
+                    if key in old:
+                        d[key] = old[key]
+                    else:
+                        del d[key]
         return writes
+
+    def _state(self) -> list[Any]:
+        dicts = self._dicts
+        return [
+            get(dicts[number]) if len(keys) > 1 else (get(dicts[number]),)
+            for number, get, keys in self._watched
+        ]
+
+
+class _Filled:
+    """The ``with`` block of `Template.filled`."""
+
+    __slots__ = ("_before", "_template", "_values", "_writes")
+
+    def __init__(self, template: Template, values: Sequence[Any]) -> None:
+        self._template = template
+        self._values = values
+        self._writes: list[Write] = []
+
+    def __enter__(self) -> list[Write]:
+        self._before = self._template.fill(self._values)
+        return self._writes
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        template = self._template
+        try:
+            if template.changed(self._before):
+                found = template.undo(self._before)
+                if kind is None:
+                    self._writes += found
+        finally:
+            template.empty()
+        for write in self._writes:
+            _check_write(write)
 
 
 def _tensor_slots(

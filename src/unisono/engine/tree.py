@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from types import NoneType
 from typing import Any
 
 from torch import Tensor
@@ -72,7 +73,7 @@ def _outline(column: list[tuple[str, Any]]) -> str:
 
 def _children(tree: Any) -> list[tuple[Any, Any]] | None:
     """Keys and values of a container; None for a leaf."""
-    if isinstance(tree, Tensor):  # by far the most frequent
+    if isinstance(tree, Tensor | str | int | float | NoneType):  # by far the most frequent
         return None
     if isinstance(tree, MutableMapping):
         return list(tree.items())

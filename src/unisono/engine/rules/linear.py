@@ -24,16 +24,18 @@ def linear(n: int, x: Operand, weight: Operand, bias: Operand | None = None) -> 
     if weight[1] is None or weight[0].dim() != 3:
         return None
     w = members_first(weight)  # (N, out, in)
-    if x[1] is None:
-        rows = x[0].reshape(-1, x[0].shape[-1]).expand(n, -1, -1)  # (N, M, in), no copy
+    if x[1] == 0 and x[0].dim() == 3:  # the common case, without detours
+        rows, batch_shape = x[0], None
+    elif x[1] is None:
         batch_shape = x[0].shape[:-1]
+        rows = x[0].reshape(batch_shape.numel(), x[0].shape[-1]).expand(n, -1, -1)  # no copy
     else:
         x_first = members_first(x)
         batch_shape = x_first.shape[1:-1]
-        rows = x_first if x_first.dim() == 3 else x_first.reshape(n, -1, x_first.shape[-1])
+        rows = x_first.reshape(n, batch_shape.numel(), x_first.shape[-1])  # (N, M, in)
     if bias is None:
         y = torch.bmm(rows, w.mT)  # (N, M, out)
     else:
         b = members_first(bias)
         y = torch.baddbmm(b.unsqueeze(1) if bias_is_stacked else b, rows, w.mT)
-    return y if len(batch_shape) == 1 else y.view(n, *batch_shape, w.shape[1]), 0
+    return y if batch_shape is None else y.view(n, *batch_shape, w.shape[1]), 0
