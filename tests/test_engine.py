@@ -370,3 +370,30 @@ def test_autocast_is_that_of_the_plain_model() -> None:
     assert outputs.dtype == expected.dtype == torch.bfloat16
     # One product against one product: they differ in the last of bfloat16's 8 bits at most.
     torch.testing.assert_close(outputs, expected, rtol=2**-7, atol=2**-7)
+
+
+class KeepsHistory(nn.Module):
+    """Appends to a list and caches by shape in a dict, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.history: list[Tensor] = []
+        self.cache: dict[int, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) not in self.cache:
+            self.cache[len(x)] = torch.ones(len(x), 1, dtype=x.dtype)
+        self.history.append(self.linear(x).detach())
+        return sum(self.history) * self.cache[len(x)]
+
+
+@pytest.mark.parametrize("strategy", ["fused", "vmap", "loop"])
+def test_lists_and_dicts_changed_in_place_belong_to_each_member(strategy: str) -> None:
+    ens = ensemble_of(KeepsHistory, strategy=strategy)
+    models = ens.unstack()
+    for x in (X, 2 * X, 3 * X):
+        torch.testing.assert_close(ens(x), torch.stack([m(x) for m in models]))
+    assert len(ens.members.history) == 3
+    assert ens.members.history[2].shape == (3, 5, 3)
+    torch.testing.assert_close(ens[1].history, models[1].history)

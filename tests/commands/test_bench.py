@@ -61,7 +61,9 @@ def test_turns_are_taken_in_order(monkeypatch):
     monkeypatch.setattr(
         torch.utils.benchmark.Measurement, "mean", property(lambda self: self.raw_times[0])
     )
-    seconds = bench.time_in_turns({"a": "A", "b": "B"}, {}, SETTINGS, lambda: None)
+    seconds = bench.time_in_turns(
+        {"a": "A", "b": "B"}, {}, rounds=2, threads=1, on_round=lambda: None
+    )
     assert calls == ["A", "B", "A", "B", "A", "B"]  # one to choose the length, then two rounds
     assert seconds == {"a": [0.5, 0.5], "b": [0.5, 0.5]}
 
@@ -75,7 +77,7 @@ def test_a_contender_that_differs_is_not_timed(monkeypatch):
 
     original = bench.build_scene
     monkeypatch.setattr(bench, "build_scene", build_scene)
-    monkeypatch.setattr(bench, "time_in_turns", lambda *_: pytest.fail("was timed"))
+    monkeypatch.setattr(bench, "time_in_turns", lambda *_, **__: pytest.fail("was timed"))
     with pytest.raises(CommandError, match=r"^vmap\(fmodel\).* differs from the loop: Tensor-like"):
         bench.run_bench(SETTINGS, on_round=lambda: None)
 

@@ -90,7 +90,15 @@ def run_bench(settings: BenchSettings, on_round: Callable[[], None]) -> dict[str
         for statements in OPTIONS.values():
             assert_equal_to_loop(statements, scene)
         options = {
-            name: summarise(time_in_turns(statements, scene, settings, on_round))
+            name: summarise(
+                time_in_turns(
+                    statements,
+                    scene,
+                    rounds=settings.rounds,
+                    threads=settings.threads,
+                    on_round=on_round,
+                )
+            )
             for name, statements in OPTIONS.items()
         }
     finally:
@@ -163,7 +171,9 @@ def assert_equal_to_loop(statements: dict[str, str], scene: Scene) -> None:
 def time_in_turns(
     statements: dict[str, str],
     scene: Scene,
-    settings: BenchSettings,
+    *,
+    rounds: int,
+    threads: int,
     on_round: Callable[[], None],
 ) -> dict[str, list[float]]:
     """Time every contender once per round: A B C, A B C, ...
@@ -171,14 +181,15 @@ def time_in_turns(
     Args:
         statements: Contender -> code.
         scene: The globals of the code.
-        settings: Number of rounds and threads.
+        rounds: How often each contender has its turn.
+        threads: Threads of torch on the CPU, for every contender.
         on_round: Called after every round.
 
     Returns:
         Contender -> seconds per call, one value per round.
     """
     timers = {
-        name: Timer(stmt=code, globals=scene, num_threads=settings.threads)
+        name: Timer(stmt=code, globals=scene, num_threads=threads)
         for name, code in statements.items()
     }
     repeats = {
@@ -186,7 +197,7 @@ def time_in_turns(
         for name, timer in timers.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in timers}
-    for _ in range(settings.rounds):
+    for _ in range(rounds):
         for name, timer in timers.items():
             seconds[name].append(timer.timeit(repeats[name]).mean)
         on_round()

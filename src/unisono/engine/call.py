@@ -16,8 +16,9 @@ from unisono.engine.axis import attach, detach, install, member_axis
 from unisono.engine.inputs import map_inputs, per_member
 from unisono.engine.parts import Assigned, Call, Parts, Result
 from unisono.engine.rules import RULES
-from unisono.engine.template import Template, Write
+from unisono.engine.template import Template
 from unisono.engine.tree import leaves, tree_map
+from unisono.engine.watch import Write
 from unisono.engine.where import locate
 
 _AT_ONCE = 'while all members ran at once; strategy="loop" runs them one by one'

@@ -12,8 +12,9 @@ from torch import Tensor
 from unisono.engine import rng
 from unisono.engine.axis import Randomness
 from unisono.engine.inputs import map_inputs
-from unisono.engine.template import Kind, Template
+from unisono.engine.template import Template
 from unisono.engine.tree import leaves, transpose, tree_map
+from unisono.engine.watch import Kind
 from unisono.errors import EnsembleError, UnsupportedModelError
 
 

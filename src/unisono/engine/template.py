@@ -8,21 +8,13 @@ or a member that calls the ensemble again) never meet in one template: each borr
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from itertools import chain
-from operator import is_, itemgetter
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from unisono.engine.axis import buffers_of, children_of, parameters_of
+from unisono.engine.watch import Kind, State, Watch, Write, check_write
 from unisono.errors import UnsupportedModelError
-
-Kind = Literal["attribute", "parameter", "buffer", "submodule"]
-
-_KINDS: tuple[Kind, ...] = ("attribute", "parameter", "buffer", "submodule")
-_ABSENT = object()
-# What nn.Module keeps for itself; no forward assigns it.
-_BOOKKEEPING = frozenset(nn.Module().__dict__) - {"training"}
 
 
 class Slot(NamedTuple):
@@ -36,15 +28,6 @@ class Slot(NamedTuple):
     name: str  # dotted name, as in the member's state dict
     kind: Kind
     stacked: bool  # False: one tensor for all members
-
-
-class Write(NamedTuple):
-    """An assignment that ``forward`` made to a buffer or to a plain attribute of a module."""
-
-    path: str
-    key: str
-    kind: Kind
-    value: Any
 
 
 class Template:
@@ -79,14 +62,7 @@ class Template:
             name = _join(path, key)
             self.slots.append(Slot(home, key, None, kept, key, name, "attribute", True))
         self._modes = [(m.__dict__, trees[path].__dict__) for path, m in modules.items()]
-        # Every dict in which forward can leave something: four per module, in the order of _KINDS.
-        self._paths = list(modules)
-        self._dicts: list[dict[str, Any]] = [
-            d
-            for m in modules.values()
-            for d in (m.__dict__, parameters_of(m), buffers_of(m), children_of(m))
-        ]
-        self._look()
+        self._watch = Watch(modules, attributes)
 
     @property
     def is_training(self) -> bool:
@@ -109,68 +85,23 @@ class Template:
     def keep(self, path: str, key: str, value: Any) -> None:
         """Store a plain attribute that ``forward`` assigned, the same for all members."""
         self.module.get_submodule(path).__dict__[key] = value
-        self._look()
+        self._watch.look()
 
-    def _look(self) -> None:
-        """Note which dicts have which keys, so that `watched` can be fast."""
-        self._sizes = list(map(len, self._dicts))
-        self._watched = [
-            (number, itemgetter(*keys), keys)
-            for number, d in enumerate(self._dicts)
-            if (keys := tuple(key for key in d if key not in _BOOKKEEPING))
-        ]
-
-    def fill(self, values: Sequence[Any]) -> list[Any]:
-        """Fill the slots and return the state that `changed` compares with."""
+    def fill(self, values: Sequence[Any]) -> State:
+        """Take over the modes and fill the slots; returns what `empty` compares with."""
         for mine, members in self._modes:
             mine["training"] = members["training"]
         for slot, value in zip(self.slots, values, strict=True):
             slot.container[slot.key] = value
-        return self._state()
+        return self._watch.state()
 
-    def empty(self) -> None:
-        """Put back what stands in the slots between calls."""
-        for slot in self.slots:
-            slot.container[slot.key] = slot.rest
-
-    def changed(self, before: list[Any]) -> bool:
-        """Whether anything was assigned, added or deleted."""
-        if list(map(len, self._dicts)) != self._sizes:
-            return True
+    def empty(self, before: State) -> list[Write]:
+        """Put the template back; returns what was assigned."""
         try:
-            return not all(
-                map(is_, chain.from_iterable(self._state()), chain.from_iterable(before))
-            )
-        except KeyError:  # one deleted, another added
-            return True
-
-    def undo(self, before: list[Any]) -> list[Write]:
-        """Put the dicts back; returns what was assigned."""
-        writes: list[Write] = []
-        watched = {
-            number: (keys, old)
-            for (number, _, keys), old in zip(self._watched, before, strict=True)
-        }
-        for number, d in enumerate(self._dicts):
-            keys, values = watched.get(number, ((), ()))
-            old = dict(zip(keys, values, strict=True))
-            path, kind = self._paths[number // len(_KINDS)], _KINDS[number % len(_KINDS)]
-            for key in {**old, **d}:
-                value = d.get(key, _ABSENT)
-                if key not in _BOOKKEEPING and value is not old.get(key, _ABSENT):
-                    writes.append(Write(path, key, kind, value))
-                    if key in old:
-                        d[key] = old[key]
-                    else:
-                        del d[key]
-        return writes
-
-    def _state(self) -> list[Any]:
-        dicts = self._dicts
-        return [
-            get(dicts[number]) if len(keys) > 1 else (get(dicts[number]),)
-            for number, get, keys in self._watched
-        ]
+            return self._watch.undo(before) if self._watch.changed(before) else []
+        finally:
+            for slot in self.slots:
+                slot.container[slot.key] = slot.rest
 
 
 class _Filled:
@@ -188,16 +119,11 @@ class _Filled:
         return self._writes
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        template = self._template
-        try:
-            if template.changed(self._before):
-                found = template.undo(self._before)
-                if kind is None:
-                    self._writes += found
-        finally:
-            template.empty()
-        for write in self._writes:
-            _check_write(write)
+        found = self._template.empty(self._before)
+        if kind is None:
+            self._writes += found
+            for write in found:
+                check_write(write)
 
 
 def _tensor_slots(
@@ -257,16 +183,6 @@ def _alias_slots(modules: Mapping[str, nn.Module], slots: Sequence[Slot]) -> lis
             elif hasattr(value, "__dict__") and not isinstance(value, nn.Module | Tensor | type):
                 visit(value.__dict__, _join(path, key))
     return aliases
-
-
-def _check_write(write: Write) -> None:
-    if write.kind in ("parameter", "submodule") or write.value is _ABSENT:
-        name = _join(write.path, write.key)
-        done = "deletes" if write.value is _ABSENT else "assigns"
-        raise UnsupportedModelError(
-            f"Ensemble: forward {done} the {write.kind} `{name}`; run one member once before"
-            f" building the ensemble, so that it is there from the start, or make it a buffer"
-        )
 
 
 def _join(path: str, key: str) -> str:
