@@ -417,24 +417,26 @@ def test_options_are_checked_at_construction_and_when_changed(
 # Threads
 
 
+@torch.no_grad()
 def test_calls_from_several_threads() -> None:
     ens = Ensemble(nets()).eval()
-    failures: list[str] = []
-    barrier = threading.Barrier(8)
+    # Sizes of their own for each thread, so that no result fits another thread's input.
+    inputs = [[torch.randn(2 + k, 4).double() * t for k in range(4)] for t in range(1, 9)]
+    expected = [[torch.stack([m(x) for m in ens]) for x in xs] for xs in inputs]
+    calls: list[int] = [0] * len(inputs)
+    barrier = threading.Barrier(len(inputs))
 
-    def work(seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
+    @torch.no_grad()  # a setting of each thread
+    def work(thread: int) -> None:
         barrier.wait()
-        for _ in range(40):
-            x = torch.randn(5, 4, dtype=torch.float64, generator=generator)
-            with torch.no_grad():
-                got, want = ens(x), torch.stack([m(x) for m in ens])
-            if not torch.allclose(got, want, rtol=1e-9, atol=1e-12):
-                failures.append(f"thread {seed}")
+        for call in range(500):
+            got = ens(inputs[thread][call % 4])
+            torch.testing.assert_close(got, expected[thread][call % 4])
+            calls[thread] += 1
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    threads = [threading.Thread(target=work, args=(t,)) for t in range(len(inputs))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not failures
+    assert calls == [500] * 8  # a thread that fails stops counting

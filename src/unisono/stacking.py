@@ -226,7 +226,7 @@ def _stack_tensors(tensors: Sequence[Tensor]) -> Tensor:
 
 def _member_tensor(kept: Tensor, index: int | None, *, copy: bool) -> Tensor:
     def take(tensor: Tensor) -> Tensor:
-        item = tensor.detach() if index is None else tensor.detach()[index]
+        item = tensor.detach() if index is None else tensor.detach().select(0, index)
         return item.clone() if copy else item
 
     own = _like(kept, take(kept))

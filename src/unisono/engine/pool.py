@@ -38,10 +38,14 @@ class Pool:
         try:
             return self._idle.pop()  # one step, so two threads never get the same one
         except IndexError:
-            module = copy.deepcopy(self.module)
-            return Template(
-                module, self.members, self.shared, self.attributes, generation=self._generation
-            )
+            pass  # all are in use
+        return Template(
+            copy.deepcopy(self.module),
+            self.members,
+            self.shared,
+            self.attributes,
+            generation=self._generation,
+        )
 
     def give_back(self, template: Template) -> None:
         """Let other calls use the template, unless it is out of date."""
