@@ -324,6 +324,11 @@ _CASES: dict[str, Case] = {
         _LINEAR | {"embedding"},
         wrong_gradient_under_vmap="torch's batching rule of embedding drops padding_idx",
     ),
+    "embedding-gradient-by-frequency": Case(
+        lambda: nn.Embedding(4, 3, scale_grad_by_freq=True),
+        ids(B, 3, high=4),
+        frozenset({"embedding"}),
+    ),
     "prelu": Case(lambda: nn.Sequential(nn.Linear(5, 6), nn.PReLU(6)), floats(B, 5), _LINEAR),
     "tied": Case(TiedAutoencoder, floats(B, 6), _LINEAR),
     "two-paths": Case(TwoPaths, floats(B, 5), _LINEAR),

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import unisono
 from unisono import Ensemble, EnsembleError, EnsembleWarning, UnsupportedModelError, per_member
@@ -321,6 +322,66 @@ def test_randomness(strategy: str, chunk_size: int | None) -> None:
         ens(x)
     ens.eval()
     assert ens(x).shape == (3, 2000, 3)
+
+
+# Attention
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.layer(x)
+        return self.attention(y, y, y)
+
+
+@pytest.mark.parametrize("strategy", ["fused", "vmap", "loop"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_attention_has_its_gradient_in_eval_mode_too(strategy: str, training: bool) -> None:
+    ens = ensemble_of(Attends, strategy=strategy).train(training)
+    models = ens.unstack()
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    outputs, weights = ens(x)
+    (outputs.square().sum() + weights.square().sum()).backward()
+    assert torch.backends.mha.get_fastpath_enabled()
+    for i, model in enumerate(models):
+        y, w = model(x)
+        torch.testing.assert_close((outputs[i], weights[i]), (y, w))
+        (y.square().sum() + w.square().sum()).backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(ens.members.get_parameter(name).grad[i], parameter.grad)
+
+
+def test_a_sparse_embedding_gets_the_same_gradient_dense() -> None:
+    ens = Ensemble([nn.Embedding(6, 3, sparse=True).double() for _ in range(3)], strategy="fused")
+    models = ens.unstack()
+    ids = torch.tensor([1, 4, 4])
+    ens(ids).square().sum().backward()
+    for i, model in enumerate(models):
+        model(ids).square().sum().backward()
+        torch.testing.assert_close(ens.members.weight.grad[i], model.weight.grad.to_dense())
+
+
+# Checkpoints of activations
+
+
+def test_an_ensemble_inside_a_checkpoint() -> None:
+    ens = ensemble_of(Branches, strategy="fused").eval()
+    xs = torch.randn(3, 5, 3, dtype=torch.float64)
+
+    def loss(member: nn.Module, x: Tensor) -> Tensor:
+        return member.linear(member.norm(x)).square().sum()
+
+    ens.run(loss, per_member(xs)).sum().backward()
+    expected = {name: p.grad for name, p in ens.named_parameters()}
+    ens.zero_grad()
+    checkpoint(lambda x: ens.run(loss, per_member(x)), xs, use_reentrant=False).sum().backward()
+    for name, parameter in ens.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name])
 
 
 # Neighbours in the process

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, Literal
 
 import torch
 
 from unisono.engine import rng
+from unisono.engine.attention import NativeAttentionOff
 from unisono.engine.call import Strategy, fused, in_chunks, loop, vmap
 from unisono.engine.parts import Call, Result
 from unisono.engine.pool import Pool
@@ -97,9 +99,13 @@ class Planner:
             strategy = in_chunks(strategy, chunk_size)
         # In eval mode hardly any model writes its buffers: once it has run it is trusted.
         is_known = not template.is_training and name in self._runs_in_eval
+        native: AbstractContextManager[None] = nullcontext()
+        if template.has_attention and name != "loop":
+            native = NativeAttentionOff()
         before = [] if is_known else _copies_of_buffers(template, values)
         try:
-            result = strategy(template, values, call)
+            with native:
+                result = strategy(template, values, call)
         except BaseException:
             with torch.no_grad():
                 for buffer, copy in before:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from unisono.engine.attention import has_attention
 from unisono.engine.axis import buffers_of, children_of, parameters_of
 from unisono.engine.watch import Kind, State, Watch, Write, check_write
 from unisono.errors import UnsupportedModelError
@@ -54,6 +55,7 @@ class Template:
         self.generation = generation
         modules = dict(module.named_modules())
         trees = dict(members.named_modules())
+        self.has_attention = has_attention(module)
         self.slots = _tensor_slots(module, trees, shared)
         self.slots += _alias_slots(modules, self.slots)
         for path, key in sorted(attributes):

@@ -21,9 +21,10 @@ def embedding(
 
     Row r of member i is row ``i * V + r`` of the (N * V, D) table, which is a view. Torch's own
     rule copies the table for shared indices, and for indices per member it forgets
-    ``padding_idx``, so that the padding row gets a gradient.
+    ``padding_idx``, so that the padding row gets a gradient. The gradient is dense also where
+    ``sparse`` asks for another layout, which the view of the tables couldn't take back.
     """
-    if weight[1] is None or sparse:
+    if weight[1] is None:
         return None
     tables = members_first(weight)  # (N, V, D)
     ids = members_first(indices)
