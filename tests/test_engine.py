@@ -95,6 +95,18 @@ def test_the_gradients_of_an_lstm_by_loop() -> None:
             torch.testing.assert_close(ens.members.get_parameter(name).grad[i], parameter.grad)
 
 
+def test_members_of_an_lstm_follow_the_weights_after_a_call() -> None:
+    ens = ensemble_of(Tagger, strategy="loop")
+    x = torch.randn(2, 5, 3, dtype=torch.float64)
+    ens(x)  # nn.LSTM makes its flat list of weights anew here
+    with torch.no_grad():
+        for parameter in ens.parameters():
+            parameter.mul_(0.5)
+    torch.testing.assert_close(ens[1](x), ens(x)[1])
+    torch.testing.assert_close(ens.unstack()[1](x), ens(x)[1])
+    assert not ens._planner.pool.attributes  # the list is no state of its own
+
+
 def test_a_fallback_leaves_buffers_and_random_state_as_if_it_had_been_the_loop_at_once() -> None:
     auto, loop = ensemble_of(Branches), None
     loop = Ensemble(auto.unstack(), strategy="loop")

@@ -155,6 +155,15 @@ def test_build_leaves_the_random_state_alone() -> None:
     assert torch.equal(torch.rand(2), expected)
 
 
+def test_build_with_shared_parts_gives_all_members_those_of_member_0() -> None:
+    ens = Ensemble.build(Net, 3, seed=5, shared="backbone.*")
+    torch.manual_seed(5)
+    first = Net()
+    assert torch.equal(ens.members.backbone[0].weight, first.backbone[0].weight)
+    assert torch.equal(ens[2].backbone[0].weight, first.backbone[0].weight)
+    assert not torch.equal(ens[2].head.weight, first.head.weight)
+
+
 def test_build_refuses_no_members() -> None:
     with pytest.raises(ValueError, match="n is the number of members, at least 1; got 0"):
         Ensemble.build(Net, 0)

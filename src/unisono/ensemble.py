@@ -16,7 +16,7 @@ from unisono.engine.parts import Call
 from unisono.engine.plan import Planner, StrategyName
 from unisono.engine.pool import Pool
 from unisono.errors import CheckpointError
-from unisono.options import check_options, resolve_shared
+from unisono.options import check_options, resolve_shared, share_values
 from unisono.stacking import MemberTree, make_template, select, stack, unstack
 
 
@@ -100,7 +100,7 @@ class Ensemble(nn.Module):
             make_model: Returns a new model each time it is called.
             n: The number of members.
             seed: Seed of member 0.
-            shared: As for `Ensemble`; the values of member 0 are kept for all.
+            shared: As for `Ensemble`; all members get the values of member 0.
             strategy: As for `Ensemble`.
             randomness: As for `Ensemble`.
             chunk_size: As for `Ensemble`.
@@ -125,6 +125,7 @@ class Ensemble(nn.Module):
             for i in range(n):
                 torch.manual_seed(seed + i)
                 models.append(make_model())
+        share_values(models, shared)
         return cls(
             models,
             shared=shared,

@@ -47,10 +47,7 @@ def resolve_shared(model: nn.Module, shared: str | Sequence[str]) -> frozenset[s
     patterns = [shared] if isinstance(shared, str) else list(shared)
     if not patterns or not isinstance(model, nn.Module):
         return frozenset()
-    tensors: dict[str, Tensor] = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
+    tensors = _tensors(model)
     found: set[int] = set()
     unknown = []
     for pattern in patterns:
@@ -66,6 +63,29 @@ def resolve_shared(model: nn.Module, shared: str | Sequence[str]) -> frozenset[s
             + (f" and {len(tensors) - 10} more" if len(tensors) > 10 else "")
         )
     return frozenset(name for name, t in tensors.items() if id(t) in found)
+
+
+def share_values(models: Sequence[nn.Module], shared: str | Sequence[str]) -> None:
+    """Copy the shared tensors of the first model into the others.
+
+    Args:
+        models: New models, which may be written to. What doesn't fit is left for
+            `check_members` to tell.
+        shared: Dotted names or glob patterns.
+    """
+    names = resolve_shared(models[0], shared)
+    for model in models[1:] if names else ():
+        tensors = _tensors(model)
+        for name, value in _tensors(models[0]).items():
+            if name in names and name in tensors and tensors[name].shape == value.shape:
+                tensors[name].detach().copy_(value.detach())
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
 
 
 def _listed(choices: Any) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from unisono.engine.attention import has_attention
 from unisono.engine.axis import buffers_of, children_of, parameters_of
+from unisono.engine.tree import leaves
 from unisono.engine.watch import Kind, State, Watch, Write, check_write
 from unisono.errors import UnsupportedModelError
 
@@ -97,10 +98,17 @@ class Template:
             slot.container[slot.key] = value
         return self._watch.state()
 
-    def empty(self, before: State) -> list[Write]:
-        """Put the template back; returns what was assigned."""
+    def empty(self, before: State, values: Sequence[Any]) -> list[Write]:
+        """Put the template back; returns what was assigned.
+
+        What only refers to the tensors that were filled in is no state: an LSTM makes its flat
+        list of weights anew whenever it finds other weights.
+        """
         try:
-            return self._watch.undo(before) if self._watch.changed(before) else []
+            if not self._watch.changed(before):
+                return []
+            filled = set(map(id, values))
+            return [w for w in self._watch.undo(before) if not _refers_only(w, filled)]
         finally:
             for slot in self.slots:
                 slot.container[slot.key] = slot.rest
@@ -121,7 +129,7 @@ class _Filled:
         return self._writes
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        found = self._template.empty(self._before)
+        found = self._template.empty(self._before, self._values)
         if kind is None:
             self._writes += found
             for write in found:
@@ -185,6 +193,14 @@ def _alias_slots(modules: Mapping[str, nn.Module], slots: Sequence[Slot]) -> lis
             elif hasattr(value, "__dict__") and not isinstance(value, nn.Module | Tensor | type):
                 visit(value.__dict__, _join(path, key))
     return aliases
+
+
+def _refers_only(write: Write, filled: set[int]) -> bool:
+    """Whether a plain attribute holds tensors of the slots, and no other."""
+    if write.kind != "attribute":
+        return False
+    tensors = [leaf for _, leaf in leaves(write.value) if isinstance(leaf, Tensor)]
+    return bool(tensors) and all(id(tensor) in filled for tensor in tensors)
 
 
 def _join(path: str, key: str) -> str:
