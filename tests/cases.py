@@ -26,6 +26,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     random_in_training: bool = False
     wrong_gradient_under_vmap: str = ""  # why torch.vmap itself is wrong for per-member inputs
+    refused_by_vmap: str = ""  # why torch.vmap raises
 
 
 def floats(*shape: int, dtype: torch.dtype = torch.float64, **kwargs: Any) -> Callable[[], Any]:
@@ -193,6 +194,79 @@ class ComplexLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias).abs()
+
+
+class Attention(nn.Module):
+    """Attention with every kind of mask, and with fewer heads for keys than for queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.mask = nn.Parameter(torch.randn(5, 5))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y, weights = self.attention(x, x, x)  # (B, 5, 8), (B, 5, 5)
+        padded = torch.zeros(x.shape[:2], dtype=torch.bool)
+        padded[:, -1] = True
+        heads = y.unflatten(-1, (4, 2)).transpose(1, 2)  # (B, 4, 5, 2)
+        attend = F.scaled_dot_product_attention
+        return {
+            "weights": weights,
+            "padding": self.attention(x, x, x, key_padding_mask=padded, need_weights=False)[0],
+            "causal": attend(heads, heads, heads, is_causal=True, scale=0.3),
+            "grouped": attend(heads, heads[:, :2], heads[:, :2], enable_gqa=True),
+            "own mask": attend(heads, heads, heads, self.mask),
+            "one mask": attend(heads, x[:, None, :, :2], heads[:, :1], torch.ones(5, 5).tril() > 0),
+            "batch of masks": attend(heads, heads, heads, x[:, None, :, :5]),
+            "3d": attend(y, y, x),
+            "2d": attend(y[0], y[0], y[0], self.mask.sigmoid() > 0.1),
+            "5d": attend(heads[None], heads[None], heads[None], self.mask),
+        }
+
+
+class Recurrent(nn.Module):
+    """Every recurrent layer and cell, and a packed sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(3, 4, num_layers=2, bidirectional=True, batch_first=True)
+        self.gru = nn.GRU(8, 4, batch_first=True)
+        self.tanh = nn.RNN(4, 4, batch_first=True)
+        self.relu = nn.RNN(4, 4, nonlinearity="relu", batch_first=True)
+        self.cells = nn.ModuleList(
+            [
+                nn.LSTMCell(4, 4),
+                nn.GRUCell(4, 4),
+                nn.RNNCell(4, 4),
+                nn.RNNCell(4, 4, nonlinearity="relu"),
+            ]
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y, (h, c) = self.lstm(x)
+        y, _ = self.gru(y)
+        y, _ = self.relu(self.tanh(y)[0])
+        state, memory = self.cells[0](y[:, -1])
+        for cell in self.cells[1:]:
+            state = cell(y[:, 0], state)
+        return y, h, c, state, memory
+
+
+class Packed(nn.Module):
+    """Recurrent layers on a packed sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [nn.LSTM(3, 4), nn.GRU(3, 4), nn.RNN(3, 4), nn.RNN(3, 4, nonlinearity="relu")]
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        lengths = torch.tensor([5, 4, 2])
+        batch_sizes = torch.tensor([(lengths > t).sum() for t in range(5)])
+        packed = torch.cat([x[t, :size] for t, size in enumerate(batch_sizes.tolist())])
+        sequence = nn.utils.rnn.PackedSequence(packed, batch_sizes)
+        return [layer(sequence)[0].data for layer in self.layers]
 
 
 class CrossEntropy(nn.Module):
@@ -369,6 +443,61 @@ _CASES: dict[str, Case] = {
         CrossEntropy,
         lambda: ((torch.randn(B, 4, dtype=torch.float64), torch.tensor([0, 1, 1, 0])), {}),
         _LINEAR | {"cross_entropy_loss", "nll_loss_nd"},
+    ),
+    "attention": Case(
+        Attention,
+        floats(B, 5, 8),
+        _LINEAR | {"scaled_dot_product_attention"},
+        refused_by_vmap="torch's fallback can't differentiate attn_mask",
+    ),
+    "transformer": Case(
+        lambda: nn.Transformer(8, 2, 1, 1, 16, dropout=0.0, batch_first=True),
+        lambda: (
+            (
+                torch.randn(B, 5, 8, dtype=torch.float64),
+                torch.randn(B, 3, 8, dtype=torch.float64),
+            ),
+            {},
+        ),
+        _LINEAR | {"scaled_dot_product_attention"},
+    ),
+    "recurrent": Case(
+        Recurrent,
+        floats(B, 5, 3),
+        frozenset(
+            {
+                "lstm.input",
+                "gru.input",
+                "rnn_tanh.input",
+                "rnn_relu.input",
+                "lstm_cell",
+                "gru_cell",
+                "rnn_tanh_cell",
+                "rnn_relu_cell",
+            }
+        ),
+        refused_by_vmap="no batching rule for aten::lstm.input",
+    ),
+    "recurrent-packed": Case(
+        Packed,
+        floats(5, 3, 3),
+        frozenset({"lstm.data", "gru.data", "rnn_tanh.data", "rnn_relu.data"}),
+        refused_by_vmap="no batching rule for aten::lstm.data",
+    ),
+    "weight-norm": Case(
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(5, 3)),
+        floats(B, 5),
+        _LINEAR | {"_weight_norm"},
+    ),
+    "bilinear": Case(
+        lambda: nn.Bilinear(5, 5, 3),
+        lambda: (tuple(torch.randn(2, B, 5, dtype=torch.float64)), {}),
+        frozenset({"bilinear"}),
+    ),
+    "embedding-bag": Case(
+        lambda: nn.EmbeddingBag(7, 3, mode="sum", padding_idx=0),
+        ids(B, 4, high=7),
+        frozenset({"embedding_bag.padding_idx"}),
     ),
     "without-parameters": Case(lambda: nn.Sequential(nn.Tanh(), nn.Flatten()), floats(B, 2, 3)),
 }

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch as ft
+
+from unisono.engine.tree import leaves, tree_map
 
 Randomness = Literal["different", "same", "error"]
 Operand = tuple[Tensor, int | None]
@@ -33,10 +35,10 @@ _FRONT: Final = "FuncTorchDynamicLayerFrontMode"
 
 
 class _Levels(threading.local):
-    """The member axes entered by this thread, innermost last: (level, number of members)."""
+    """The member axes entered by this thread, innermost last: (level, members, randomness)."""
 
     def __init__(self) -> None:
-        self.entered: list[tuple[int, int]] = []
+        self.entered: list[tuple[int, int, Randomness]] = []
 
 
 _levels = _Levels()
@@ -55,7 +57,7 @@ class member_axis:
 
     def __enter__(self) -> int:
         level: int = ft._vmap_increment_nesting(self.n, self.randomness)
-        _levels.entered.append((level, self.n))
+        _levels.entered.append((level, self.n, self.randomness))
         return level
 
     def __exit__(self, *error: object) -> None:
@@ -75,12 +77,13 @@ def detach(tensor: Tensor, level: int) -> Operand:
     return operand
 
 
-def install(rules: Mapping[str, tuple[Rule, int]]) -> None:
+def install(rules: Mapping[str, tuple[Rule, int]], by_member: Sequence[str]) -> None:
     """Register the rules with torch, once per process.
 
     Args:
         rules: For each op (``"linear"``, ``"conv2d.padding"``) the rule and the number of its
             leading arguments that are tensors.
+        by_member: Ops that are to run for one member after another.
     """
     global _library
     if _library is not None:
@@ -92,39 +95,80 @@ def install(rules: Mapping[str, tuple[Rule, int]]) -> None:
         with warnings.catch_warnings():
             # torch says once per process that a kernel is overridden: that is what we are here for
             warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered")
-            for op in rules:
-                kernel = _kernel(op, rules)
+            for op in (*rules, *by_member):
+                kernel = _rule_kernel(op, rules) if op in rules else _member_kernel(op)
                 library.impl(op, kernel, _FRONT, with_keyset=True)  # type: ignore[no-untyped-call]
         _library = library
 
 
-def _kernel(op: str, rules: Mapping[str, tuple[Rule, int]]) -> Callable[..., Any]:
+def _rule_kernel(op: str, rules: Mapping[str, tuple[Rule, int]]) -> Callable[..., Any]:
     """The kernel that runs the op's rule below the innermost level if that is one of ours."""
     torch_kernel = torch.library.get_kernel(f"aten::{op}", _FRONT)
     current_level, unwrap, wrap = ft.maybe_current_level, ft._unwrap_batched, ft._add_batch_dim
     pop, push = ft.pop_dynamic_layer_stack, ft.push_dynamic_layer_stack
 
-    def kernel(keyset: Any, *args: Any) -> Any:
+    def kernel(keyset: Any, *args: Any, **options: Any) -> Any:
         entered = _levels.entered
         if not entered or entered[-1][0] != current_level():
-            return torch_kernel.call_boxed(keyset, *args)
-        level, n = entered[-1]
+            return torch_kernel.call_boxed(keyset, *args, **options)
+        ours = level, n, _ = entered[-1]
         rule, num_tensors = rules[op]
         operands = [None if arg is None else unwrap(arg, level) for arg in args[:num_tensors]]
         # Off the stack for the rule: its ops are plain ones, or belong to the level around ours.
         entered.pop()
         layer = pop()
         try:
-            result = rule(n, *operands, *args[num_tensors:])
+            result = rule(n, *operands, *args[num_tensors:], **options)
         finally:
             push(layer)
-            entered.append((level, n))
+            entered.append(ours)
         if result is None:
-            return torch_kernel.call_boxed(keyset, *args)
+            return torch_kernel.call_boxed(keyset, *args, **options)
         value, dim = result
         return value if dim is None else wrap(value, dim, level)
 
     return kernel
+
+
+def _member_kernel(op: str) -> Callable[..., Any]:
+    """The kernel that runs an op for one member after another, on views of the stacked tensors."""
+    torch_kernel = torch.library.get_kernel(f"aten::{op}", _FRONT)
+    name, _, overload = op.partition(".")
+    run = getattr(getattr(torch.ops.aten, name), overload or "default")
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        entered = _levels.entered
+        if not entered or entered[-1][0] != ft.maybe_current_level():
+            return torch_kernel.call_boxed(keyset, *args)
+        ours = level, n, randomness = entered[-1]
+        tensors = [leaf for _, leaf in leaves(args) if isinstance(leaf, Tensor)]
+        operands = {id(tensor): detach(tensor, level) for tensor in tensors}
+        if randomness != "different" or all(dim is None for _, dim in operands.values()):
+            return torch_kernel.call_boxed(keyset, *args)
+        entered.pop()
+        layer = ft.pop_dynamic_layer_stack()
+        try:
+            columns = {
+                key: [value] * n if dim is None else value.unbind(dim)
+                for key, (value, dim) in operands.items()
+            }
+            results = [run(*_of_member(args, columns, i)) for i in range(n)]
+            single = isinstance(results[0], Tensor)
+            stacked = [
+                torch.stack(parts)
+                for parts in ([results] if single else zip(*results, strict=True))
+            ]
+        finally:
+            ft.push_dynamic_layer_stack(layer)
+            entered.append(ours)
+        wrapped = tuple(attach(value, level) for value in stacked)
+        return wrapped[0] if single else wrapped
+
+    return kernel
+
+
+def _of_member(args: tuple[Any, ...], columns: Mapping[int, Sequence[Tensor]], i: int) -> Any:
+    return tree_map(lambda leaf: columns[id(leaf)][i] if isinstance(leaf, Tensor) else leaf, args)
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:

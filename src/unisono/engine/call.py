@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from unisono.engine.axis import attach, detach, install, member_axis
 from unisono.engine.inputs import map_inputs, per_member
 from unisono.engine.parts import Assigned, Call, Parts, Result
-from unisono.engine.rules import RULES
+from unisono.engine.rules import BY_MEMBER, RULES
 from unisono.engine.template import Template
 from unisono.engine.tree import leaves, tree_map
 from unisono.engine.watch import Write
@@ -29,7 +29,7 @@ Strategy = Callable[[Template, Sequence[Any], Call], Result]
 
 def fused(template: Template, values: Sequence[Any], call: Call) -> Result:
     """Run ``forward`` once, every tensor standing for those of all members."""
-    install(RULES)
+    install(RULES, BY_MEMBER)
     with member_axis(call.n, call.randomness) as level:
 
         def enter(leaf: Any) -> Any:

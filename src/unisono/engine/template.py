@@ -101,14 +101,18 @@ class Template:
     def empty(self, before: State, values: Sequence[Any]) -> list[Write]:
         """Put the template back; returns what was assigned.
 
-        What only refers to the tensors that were filled in is no state: an LSTM makes its flat
-        list of weights anew whenever it finds other weights.
+        What only refers to parameters is no state: an LSTM makes its flat list of weights anew
+        whenever it finds other weights.
         """
         try:
             if not self._watch.changed(before):
                 return []
-            filled = set(map(id, values))
-            return [w for w in self._watch.undo(before) if not _refers_only(w, filled)]
+            parameters = {
+                id(value)
+                for slot, value in zip(self.slots, values, strict=True)
+                if slot.kind == "parameter"
+            }
+            return [w for w in self._watch.undo(before) if not _refers_only(w, parameters)]
         finally:
             for slot in self.slots:
                 slot.container[slot.key] = slot.rest
@@ -195,12 +199,12 @@ def _alias_slots(modules: Mapping[str, nn.Module], slots: Sequence[Slot]) -> lis
     return aliases
 
 
-def _refers_only(write: Write, filled: set[int]) -> bool:
-    """Whether a plain attribute holds tensors of the slots, and no other."""
+def _refers_only(write: Write, parameters: set[int]) -> bool:
+    """Whether a plain attribute was given parameters, and no other tensors."""
     if write.kind != "attribute":
         return False
     tensors = [leaf for _, leaf in leaves(write.value) if isinstance(leaf, Tensor)]
-    return bool(tensors) and all(id(tensor) in filled for tensor in tensors)
+    return bool(tensors) and all(id(tensor) in parameters for tensor in tensors)
 
 
 def _join(path: str, key: str) -> str:

@@ -7,10 +7,11 @@ returns None the op goes the way it would have gone without us.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from unisono.engine.axis import Rule
+from unisono.engine.rules.attention import attention
 from unisono.engine.rules.conv import conv
 from unisono.engine.rules.embedding import embedding
 from unisono.engine.rules.linear import linear
@@ -29,4 +30,25 @@ RULES: Final[Mapping[str, tuple[Rule, int]]] = {
     "embedding": (embedding, 2),
     "cross_entropy_loss": (cross_entropy, 3),
     "nll_loss_nd": (nll, 3),
+    "scaled_dot_product_attention": (attention, 4),
 }
+
+# Ops for which torch has no batching rule, nor we a better idea: they run for one member after
+# another, and only they. On a CPU that is also the fastest way to run an LSTM.
+BY_MEMBER: Final[Sequence[str]] = (
+    "lstm.input",
+    "lstm.data",
+    "gru.input",
+    "gru.data",
+    "rnn_tanh.input",
+    "rnn_tanh.data",
+    "rnn_relu.input",
+    "rnn_relu.data",
+    "lstm_cell",
+    "gru_cell",
+    "rnn_tanh_cell",
+    "rnn_relu_cell",
+    "_weight_norm",
+    "bilinear",
+    "embedding_bag.padding_idx",
+)
