@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unisono.engine.rules.pooling import POOLING
+
 N = 3
 B = 4
 
@@ -269,6 +271,28 @@ class Packed(nn.Module):
         return [layer(sequence)[0].data for layer in self.layers]
 
 
+class Pools(nn.Module):
+    """Every pooling in every number of dimensions, of the input and of a convolution's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv1d(2, 3, 3), nn.Conv2d(2, 3, 3), nn.Conv3d(2, 3, 3)])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        pools = [
+            [F.max_pool1d, F.avg_pool1d, F.adaptive_avg_pool1d],
+            [F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d],
+            [F.max_pool3d, F.avg_pool3d, F.adaptive_avg_pool3d],
+        ]
+        outputs = []
+        for d, conv in enumerate(self.convs):
+            image = x[(..., *[0] * (2 - d))]  # (B, 2, 8), (B, 2, 8, 8), (B, 2, 8, 8, 8)
+            for pool in pools[d]:
+                outputs += [pool(conv(image), 2), pool(image * conv.bias[:2].sum(), 2)]
+                outputs += [pool(conv(image)[0], 3)]  # without a batch
+        return [*outputs, F.max_pool2d(outputs[0], 2, 1, 1, 1, True)]
+
+
 class CrossEntropy(nn.Module):
     """Returns losses with every kind of target, as ``ens.run`` does with a loss function."""
 
@@ -443,6 +467,21 @@ _CASES: dict[str, Case] = {
         CrossEntropy,
         lambda: ((torch.randn(B, 4, dtype=torch.float64), torch.tensor([0, 1, 1, 0])), {}),
         _LINEAR | {"cross_entropy_loss", "nll_loss_nd"},
+    ),
+    "pooling": Case(
+        Pools,
+        floats(B, 2, 8, 8, 8),
+        frozenset({"conv1d", "conv2d", "conv3d", *POOLING}),
+    ),
+    "conv-large": Case(
+        lambda: nn.Sequential(nn.Conv2d(8, 32, 3, padding=1), nn.BatchNorm2d(32)),
+        floats(B, 8, 32, 32),
+        _CONV2D | _BATCH_NORM,
+    ),
+    "conv1d-large-without-bias": Case(
+        lambda: nn.Conv1d(32, 64, 5, stride=2, bias=False),
+        floats(B, 32, 640),
+        frozenset({"conv1d"}),
     ),
     "attention": Case(
         Attention,

@@ -17,6 +17,7 @@ from unisono.engine.rules.embedding import embedding
 from unisono.engine.rules.linear import linear
 from unisono.engine.rules.loss import cross_entropy, nll
 from unisono.engine.rules.norm import batch_norm
+from unisono.engine.rules.pooling import POOLING, pooling
 
 RULES: Final[Mapping[str, tuple[Rule, int]]] = {
     "linear": (linear, 3),
@@ -31,6 +32,7 @@ RULES: Final[Mapping[str, tuple[Rule, int]]] = {
     "cross_entropy_loss": (cross_entropy, 3),
     "nll_loss_nd": (nll, 3),
     "scaled_dot_product_attention": (attention, 4),
+    **{op: (pooling(op), 1) for op in POOLING},
 }
 
 # Ops for which torch has no batching rule, nor we a better idea: they run for one member after
