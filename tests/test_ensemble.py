@@ -76,8 +76,11 @@ def test_indices() -> None:
     for index in (3, -4):
         with pytest.raises(IndexError, match=rf"ens\[{index}\]: there are 3 members, 0 to 2"):
             ens[index]
-    with pytest.raises(TypeError, match="'float' object cannot be interpreted as an integer"):
-        ens[1.5]
+    for index in (1.5, "a", [0, 0.5], torch.tensor([[0, 1]]), None):
+        with pytest.raises(
+            TypeError, match=r"ens\[...\]: the index is an integer, a slice, a list"
+        ):
+            ens[index]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +114,7 @@ def test_a_sub_ensemble_of_nothing_is_refused() -> None:
     ens = Ensemble(nets())
     with pytest.raises(IndexError, match="at least one member; none was chosen"):
         ens[3:]
-    with pytest.raises(IndexError, match=r"one boolean per member, shape \(3,\); got shape \(2,\)"):
+    with pytest.raises(IndexError, match="one boolean per member, so 3; got 2"):
         ens[torch.tensor([True, False])]
     with pytest.raises(IndexError, match="there are 3 members"):
         ens[[0, 3]]
@@ -162,6 +165,37 @@ def test_build_with_shared_parts_gives_all_members_those_of_member_0() -> None:
     assert torch.equal(ens.members.backbone[0].weight, first.backbone[0].weight)
     assert torch.equal(ens[2].backbone[0].weight, first.backbone[0].weight)
     assert not torch.equal(ens[2].head.weight, first.head.weight)
+
+
+def test_models_that_are_no_list() -> None:
+    for model in (nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2))):
+        with pytest.raises(
+            TypeError, match=r"list of modules, got one .*Ensemble.build\(make_model"
+        ):
+            Ensemble(model)
+    with pytest.raises(TypeError, match="list of modules, got one NoneType"):
+        Ensemble(None)
+    assert len(Ensemble(nn.ModuleList(nets()))) == len(Ensemble(iter(nets()))) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ((Net(), 2, 0), "make_model is a function that returns a new model, got Net; pass the"),
+        ((3, 2, 0), "make_model is a function that returns a new model, got int"),
+        ((Net, 2.5, 0), "n is an integer, got 2.5"),
+        ((Net, 2, "x"), "seed is an integer, got 'x'"),
+    ],
+)
+def test_build_checks_its_arguments(arguments: tuple[object, ...], text: str) -> None:
+    make_model, n, seed = arguments
+    with pytest.raises(TypeError, match=text):
+        Ensemble.build(make_model, n, seed=seed)
+
+
+def test_run_takes_a_function() -> None:
+    with pytest.raises(TypeError, match=r"ens.run: fn is a function fn\(member, ...\); got 3"):
+        Ensemble(nets()).run(3)
 
 
 def test_build_refuses_no_members() -> None:

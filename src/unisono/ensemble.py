@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
@@ -16,7 +15,15 @@ from unisono.engine.parts import Call
 from unisono.engine.plan import Planner, StrategyName
 from unisono.engine.pool import Pool
 from unisono.errors import CheckpointError
-from unisono.options import check_options, resolve_shared, share_values
+from unisono.options import (
+    as_models,
+    check_build,
+    check_index,
+    check_indices,
+    check_options,
+    resolve_shared,
+    share_values,
+)
 from unisono.stacking import MemberTree, make_template, select, stack, unstack
 
 
@@ -71,7 +78,7 @@ class Ensemble(nn.Module):
     ) -> None:
         super().__init__()
         check_options(strategy, randomness, chunk_size)
-        models = list(models)
+        models = as_models(models)
         names = resolve_shared(models[0], shared) if models else frozenset()
         check_members(models, shared=names)
         self._assemble(make_template(models[0]), stack(models, shared=names), names, len(models))
@@ -110,15 +117,14 @@ class Ensemble(nn.Module):
 
         Raises:
             ValueError: If n isn't positive.
+            TypeError: If ``make_model`` isn't a function, or n or seed no integer.
 
         Example:
             >>> ens = Ensemble.build(lambda: nn.Linear(3, 2), 5, seed=0)
             >>> len(ens)
             5
         """
-        n = operator.index(n)
-        if n < 1:
-            raise ValueError(f"Ensemble.build: n is the number of members, at least 1; got {n}")
+        check_build(make_model, n, seed)
         devices = list(range(torch.cuda.device_count()))
         models = []
         with torch.random.fork_rng(devices):
@@ -167,6 +173,7 @@ class Ensemble(nn.Module):
 
         Raises:
             ValueError: If a marked tensor has no member axis of length N.
+            TypeError: If ``fn`` isn't a function.
 
         Example:
             >>> ens = Ensemble([nn.Linear(3, 3) for _ in range(5)])
@@ -176,6 +183,8 @@ class Ensemble(nn.Module):
             torch.Size([5])
         """
         check_options(self.strategy, self.randomness, self.chunk_size)
+        if not callable(fn):
+            raise TypeError(f"ens.run: fn is a function fn(member, ...); got {fn!r}")
         check_inputs("ens(...)", self._n, args, kwargs)
         call = Call(fn, args, kwargs, self._n, self.randomness)
         return self._planner.run(call, self.strategy, self.chunk_size)
@@ -218,20 +227,13 @@ class Ensemble(nn.Module):
 
         Raises:
             IndexError: If there is no such member, or none is chosen.
+            TypeError: If the index is of another kind.
         """
         if isinstance(index, slice):
             return self._sub_ensemble(list(range(self._n))[index])
         if isinstance(index, Sequence) or getattr(index, "ndim", 0) > 0:
-            chosen = torch.as_tensor(index)
-            if chosen.dtype == torch.bool:
-                if chosen.shape != (self._n,):
-                    raise IndexError(
-                        f"ens[mask]: a mask has one boolean per member, shape ({self._n},); got"
-                        f" shape {tuple(chosen.shape)}"
-                    )
-                chosen = chosen.nonzero().flatten()
-            return self._sub_ensemble([self._check_index(i) for i in chosen.tolist()])
-        return self._member(self._check_index(index), copy=False)
+            return self._sub_ensemble(check_indices(index, self._n))
+        return self._member(check_index(index, self._n), copy=False)
 
     def train(self, mode: bool = True) -> Ensemble:
         """Set train or eval mode, as the members' own ``train`` method does it."""
@@ -314,12 +316,6 @@ class Ensemble(nn.Module):
         ensemble.randomness = self.randomness
         ensemble.chunk_size = self.chunk_size
         return ensemble
-
-    def _check_index(self, index: Any) -> int:
-        i = operator.index(index)
-        if not -self._n <= i < self._n:
-            raise IndexError(f"ens[{i}]: there are {self._n} members, 0 to {self._n - 1}")
-        return i % self._n
 
 
 def _call_member(member: nn.Module, /, *args: Any, **kwargs: Any) -> Any:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, get_args
+from typing import Any, SupportsIndex, get_args
 
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ from unisono.engine.plan import StrategyName
 
 _STRATEGIES = frozenset(get_args(StrategyName))
 _RANDOMNESS = frozenset(get_args(Randomness))
+_INDEX = "the index is an integer, a slice, a list of integers or a mask of booleans"
 
 
 def check_options(strategy: Any, randomness: Any, chunk_size: Any) -> None:
@@ -29,6 +31,59 @@ def check_options(strategy: Any, randomness: Any, chunk_size: Any) -> None:
     if not is_size:
         problems.append(f"chunk_size is a positive integer or None; got {chunk_size!r}")
     raise ValueError("Ensemble: " + "; ".join(problems))
+
+
+def as_models(models: Any) -> list[Any]:
+    """The models as a list.
+
+    Raises:
+        TypeError: If one module was given, or nothing that has members.
+    """
+    is_one = isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList)
+    if is_one or not isinstance(models, Iterable):
+        raise TypeError(
+            f"Ensemble: models is a list of modules, got one {type(models).__name__}; build N of"
+            f" them: Ensemble.build(make_model, n), or Ensemble([make_model() for _ in range(n)])"
+        )
+    return list(models)
+
+
+def check_build(make_model: Any, n: Any, seed: Any) -> None:
+    """Raise unless n models can be made by calling ``make_model`` under seeds."""
+    if isinstance(make_model, nn.Module) or not callable(make_model):
+        raise TypeError(
+            f"Ensemble.build: make_model is a function that returns a new model, got"
+            f" {type(make_model).__name__}; pass the class, or lambda: Net(...)"
+        )
+    for name, value in (("n", n), ("seed", seed)):
+        if not isinstance(value, SupportsIndex):
+            raise TypeError(f"Ensemble.build: {name} is an integer, got {value!r}")
+    if operator.index(n) < 1:
+        raise ValueError(f"Ensemble.build: n is the number of members, at least 1; got {n}")
+
+
+def check_index(index: Any, n: int) -> int:
+    """The index of one member, counted from 0."""
+    if not isinstance(index, SupportsIndex):
+        raise TypeError(f"ens[...]: {_INDEX}; got {index!r}")
+    i = operator.index(index)
+    if not -n <= i < n:
+        raise IndexError(f"ens[{i}]: there are {n} members, 0 to {n - 1}")
+    return i % n
+
+
+def check_indices(indices: Any, n: int) -> list[int]:
+    """The indices that a list or a one-dimensional tensor of integers or booleans means."""
+    values = indices.tolist() if hasattr(indices, "tolist") else indices
+    if isinstance(values, str) or any(not isinstance(v, SupportsIndex) for v in values):
+        raise TypeError(f"ens[...]: {_INDEX}; got {indices!r}")
+    if values and all(isinstance(v, bool) for v in values):
+        if len(values) != n:
+            raise IndexError(
+                f"ens[mask]: a mask has one boolean per member, so {n}; got {len(values)}"
+            )
+        return [i for i, chosen in enumerate(values) if chosen]
+    return [check_index(value, n) for value in values]
 
 
 def resolve_shared(model: nn.Module, shared: str | Sequence[str]) -> frozenset[str]:
