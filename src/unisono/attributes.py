@@ -8,7 +8,6 @@ compared by *where*: `[self.fc.weight]` in one member equals `[self.fc.weight]` 
 from __future__ import annotations
 
 import functools
-import os
 import random
 import types
 import weakref
@@ -22,13 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from unisono.copies import UNREADABLE, carried
+from unisono.describe import ATOMS, NOTHING, contrast, describe, describe_place
 from unisono.errors import Difference
 
-# Types that `==` compares completely: the shortcut that makes 1000 members affordable.
-ATOMS = frozenset(
-    {bool, int, float, complex, str, bytes, slice, range, type(None), type(...)}
-    | {torch.dtype, torch.device, torch.layout, torch.memory_format}
-)
 # What a generator draws differs between members by design, and a handle holds a number counted
 # over the whole process; neither is architecture. Modules' hooks are compared, behind the handle.
 _NOT_ARCHITECTURE = (
@@ -37,11 +33,7 @@ _NOT_ARCHITECTURE = (
 )
 _CLASS_NOISE = frozenset({"__dict__", "__weakref__", "__doc__", "__annotations__", "_abc_impl"})
 _COMPILED = "_torchdynamo_orig_callable"  # torch 2.13; without it, compiled functions differ
-_UNREADABLE = object()
 _BY_IDENTITY: Any = object.__eq__
-_PLAIN_OBJECT = object().__reduce_ex__(4)[0]  # the standard way to copy an object
-NOTHING = "nothing of that name"
-_WIDTH = 80
 
 Items = Mapping[Any, Any]
 
@@ -62,6 +54,7 @@ class Comparison(ABC):
         self.differences: dict[Difference, None] = {}  # an ordered set: one fact, reported once
         self.captures: dict[str, str] = {}
         self._seen: dict[tuple[int, int, bool], object] = {}
+        self._in_class = False
 
     def report(self, path: str, found: str, expected: str) -> None:
         """Record that the member has `found` where member 0 has `expected`."""
@@ -123,9 +116,12 @@ class Comparison(ABC):
         self.captures.update(trial.captures)
         return not trial.differences
 
-    def _trial(self, a: Any, b: Any, path: str, within: bool) -> Comparison:
+    def _trial(
+        self, a: Any, b: Any, path: str, within: bool, *, in_class: bool = False
+    ) -> Comparison:
         trial = type(self)(self.member, self.own, self.reference)
         trial._seen = self._seen.copy()
+        trial._in_class = self._in_class or in_class
         trial.visit(a, b, path, within)
         return trial
 
@@ -143,20 +139,25 @@ class Comparison(ABC):
         self._seen[id(a), id(b), False] = (a, b)
         x, y = ({k: v for k, v in vars(c).items() if k not in _CLASS_NOISE} for c in (a, b))
         if all(map(self.same_class, a.__bases__, b.__bases__)):
-            # A parametrised class holds its module for a cache key: no capture to speak of.
-            if not self._trial(x, y, "", False).differences:
+            if not self._trial(x, y, "", False, in_class=True).differences:
                 return True
         del self._seen[id(a), id(b), False]
         return False
 
     def _visit_owned(self, a: Any, b: Any, path: str, within: bool) -> None:
         """Compare modules or tensors: by place if a member registers them, else by content."""
+        if self._in_class and isinstance(a, nn.Module) and isinstance(b, nn.Module):
+            # A parametrised class holds the module that it was made for, as the key of a cache;
+            # in a copy of that module it still holds the first. Either way it's not the member's.
+            if type(a).__qualname__ != type(b).__qualname__:
+                self.report(path, *contrast(type(a), type(b)))
+            return
         at, expected = self.own.get(id(a)), self.reference.get(id(b))
         if within and at is not None:
-            self.captures.setdefault(path, _place(a, at, ""))
+            self.captures.setdefault(path, describe_place(a, at, ""))
         if at is not None or expected is not None:
             if at != expected:
-                self.report(path, _place(a, at, path), _place(b, expected, path))
+                self.report(path, describe_place(a, at, path), describe_place(b, expected, path))
         elif isinstance(a, Tensor) and isinstance(b, Tensor):
             self.visit_tensors(a, b, path)
         elif isinstance(a, Tensor) or isinstance(b, Tensor):
@@ -237,8 +238,8 @@ class Comparison(ABC):
     def _visit_object(self, a: Any, b: Any, path: str, within: bool) -> None:
         if a is b or isinstance(b, _NOT_ARCHITECTURE):
             return
-        x, y = _carried(a), _carried(b)
-        if x is _UNREADABLE or y is _UNREADABLE:
+        x, y = carried(a), carried(b)
+        if x is UNREADABLE or y is UNREADABLE:
             # A lock or a stream: of one type, and with nothing to tell them apart but `==`.
             if type(b).__eq__ is not _BY_IDENTITY and _differ(a, b):
                 self.report(path, *contrast(a, b))
@@ -269,76 +270,6 @@ _BY_KIND: tuple[tuple[Any, Callable[[Comparison, Any, Any, str, bool], None]], .
 )
 
 
-def join(path: str, name: str) -> str:
-    """Return the dotted path of `name` below `path`; the model itself has the empty path."""
-    return f"{path}.{name}" if path else name
-
-
-def contrast(a: object, b: object, *, note: str = "") -> tuple[str, str]:
-    """Describe two values so that the texts differ, cut to where they do."""
-    x, y = describe(a), describe(b)
-    if x == y and type(a) is not type(b):
-        x, y = (f"{x} of {describe(type(value))}" for value in (a, b))
-    if max(len(x), len(y)) > _WIDTH:
-        same = next((i for i, (u, v) in enumerate(zip(x, y, strict=False)) if u != v), 0)
-        x, y = (_window(text, max(0, same - _WIDTH // 3)) for text in (x, y))
-    if x == y:
-        x += " (another of that name)" if isinstance(a, type) else " (with other contents)"
-    return note + x, note + y
-
-
-def _window(text: str, start: int) -> str:
-    before, after = "…" * (start > 0), "…" * (len(text) > start + _WIDTH)
-    return f"{before}{text[start : start + _WIDTH]}{after}"
-
-
-def describe(value: object) -> str:
-    """Say in a few words what a value is; its `repr` where that is short and says it."""
-    if isinstance(value, Tensor):
-        kind = "parameter" if isinstance(value, nn.Parameter) else "tensor"
-        lazy = nn.parameter.is_lazy(value)
-        return f"uninitialised {kind}" if lazy else f"{kind} of shape {tuple(value.shape)}"
-    if isinstance(value, nn.Module):
-        return f"module {class_name(type(value))}"
-    if isinstance(value, type):
-        return f"class {class_name(value)}"
-    if isinstance(value, types.FunctionType):
-        code = value.__code__
-        where = f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}"
-        return f"function {value.__qualname__} ({where})"
-    if isinstance(value, (types.BuiltinFunctionType, types.MethodType)):
-        return f"method {value.__qualname__}"
-    if isinstance(value, np.ndarray):
-        return f"array of shape {value.shape}, dtype {value.dtype}"
-    if isinstance(value, (list, tuple, dict, set, frozenset)) and any(
-        type(v) not in ATOMS for v in (value.values() if isinstance(value, dict) else value)
-    ):
-        return f"{class_name(type(value))} of length {len(value)}"
-    if isinstance(value, (set, frozenset)):
-        return f"{{{', '.join(sorted(map(repr, value)))}}}"
-    if type(value).__repr__ is object.__repr__:
-        return f"object of class {class_name(type(value))}"
-    try:
-        return " ".join(repr(value).split())
-    except Exception:
-        return f"object of class {class_name(type(value))}"
-
-
-def class_name(kind: type) -> str:
-    """Return a class' full name, the bare one for Python's own."""
-    name = kind.__qualname__
-    return name if kind.__module__ == "builtins" else f"{kind.__module__}.{name}"
-
-
-def _place(value: object, at: str | None, path: str) -> str:
-    kind = "tensor" if isinstance(value, Tensor) else "module"
-    if at is None:
-        return f"a {kind} that the member doesn't register"
-    if at == "":
-        return "the model itself"
-    return f"its own {kind}" if at == path else f"the {kind} `{at}`"
-
-
 def _content(cell: types.CellType) -> object:
     try:
         return cell.cell_contents
@@ -351,22 +282,3 @@ def _differ(a: object, b: object) -> bool:
         return bool(a != b)
     except Exception:  # arrays have no single truth value
         return a is not b
-
-
-def _carried(value: object) -> object:
-    """Return what a copy would get of an object: its attributes by name where it's that simple."""
-    if isinstance(value, torch.fx.Graph):
-        return str(value)  # copying one leaves out how it was traced
-    try:
-        reduced = value.__reduce_ex__(4)
-    except Exception:
-        return getattr(value, "__dict__", _UNREADABLE)
-    if isinstance(reduced, str):
-        return reduced
-    make, args, state, items, pairs = (*reduced, None, None, None)[:5]
-    if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):  # has slots
-        state = {**(state[0] or {}), **state[1]}
-    simple = make is _PLAIN_OBJECT and len(args) == 1 and not (items or pairs)
-    if simple and (state is None or isinstance(state, dict)):
-        return state or {}
-    return [make, args, state, list(items or ()), list(pairs or ())]
