@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from members import (
     NAN,
     ListWithName,
@@ -18,8 +20,6 @@ from members import (
     scaled_by,
     with_,
 )
-from torch import nn
-
 from unisono.differences import check_members, compare_members
 
 

@@ -12,6 +12,7 @@ from collections import OrderedDict, defaultdict, deque, namedtuple
 import numpy as np
 import pytest
 import torch
+
 from members import (
     Holder,
     ListWithName,
@@ -21,7 +22,6 @@ from members import (
     holder,
     with_,
 )
-
 from unisono.differences import compare_members
 
 

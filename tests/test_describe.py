@@ -1,8 +1,8 @@
 import pytest
 import torch
-from members import NAN, X, Y, assert_told, buffer, holder, layer, with_
 from torch import nn
 
+from members import NAN, X, Y, assert_told, buffer, holder, layer, with_
 from unisono.differences import check_members, compare_members
 
 

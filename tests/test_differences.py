@@ -3,14 +3,14 @@ import time
 
 import pytest
 import torch
+from torch import nn
+
 from members import (
     holder,
     mlp,
     ran_once,
     tied,
 )
-from torch import nn
-
 from unisono.differences import check_members, compare_members
 from unisono.errors import Difference, IncompatibleMembersError
 

@@ -3,6 +3,9 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
 from members import (
     Holder,
     X,
@@ -19,8 +22,6 @@ from members import (
     tied,
     with_,
 )
-from torch import nn
-from torch.nn.utils import parametrizations, prune
 
 
 def cnn():

@@ -34,6 +34,7 @@ NOT_PLACED = (
     "transformer",
     "recurrent",
     "recurrent-packed",
+    "pooling",
 )
 PLACED = [param for param in CASES if param.id not in NOT_PLACED]
 

@@ -5,13 +5,14 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from torch import nn
+
 from members import (
     Holder,
     holder,
     mlp,
 )
-from torch import nn
-
+from unisono import Ensemble
 from unisono.differences import check_members, compare_members
 from unisono.errors import IncompatibleMembersError, UnsupportedModelError
 
@@ -117,6 +118,8 @@ def test_members_with_a_submodule_in_common():
         IncompatibleMembersError, models, "member 1, `body`: the very module `body` of member 0"
     )
     assert "body.a" not in message
+    assert 'Ensemble(models, shared=["body.*"])' in message
+    assert Ensemble(models, shared=["body.*"]).members.head.weight.shape == (2, 2, 2)
     check_members(models, shared=[f"body.{name}" for name, _ in backbone.named_parameters()])
     refuse(IncompatibleMembersError, models, "`body`: the very", shared=["body.a.weight"])
 

@@ -156,7 +156,7 @@ def _refuse_common_tensors(models: Sequence[nn.Module], shared: Collection[str])
                     where = f"the memory of `{place}` of member {owner}"
                     facts.append(f"member {i}, `{join(path, name)}`: {where}")
     if facts:
-        name = facts[0].split("`")[1]
+        name = facts[0].split("`")[1] + (".*" if "the very module" in facts[0] else "")
         raise IncompatibleMembersError(
             "Ensemble: members own tensors in common, so training one would change another:\n\n"
             f"{list_facts(facts)}\n\n"
