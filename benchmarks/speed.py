@@ -51,6 +51,12 @@ def cnn(first: int, second: int) -> nn.Module:
     )
 
 
+def transformer() -> nn.Module:
+    """Two encoder layers of width 64."""
+    layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
 @dataclass(frozen=True)
 class Case:
     """N models, and the shape of one minibatch.
@@ -79,6 +85,9 @@ CASES = {
     "10 critics 23-256-256-1": Case(lambda: mlp(23, 256, 256, 1), 10, (256, 23)),
     "2 critics 23-256-256-1": Case(lambda: mlp(23, 256, 256, 1), 2, (256, 23)),
     "4 x 1024-1024-1024-1024": Case(lambda: mlp(1024, 1024, 1024, 1024), 4, (64, 1024)),
+    "8 x Transformer d 64, batch 8": Case(lambda: transformer().eval(), 8, (8, 16, 64)),
+    "8 x Transformer d 64, batch 64": Case(lambda: transformer().eval(), 8, (64, 16, 64)),
+    "8 x Transformer d 64, batch 8, training": Case(transformer, 8, (8, 16, 64), backward=True),
     "8 x CNN 8-16": Case(lambda: cnn(8, 16).eval(), 8, (16, 1, 28, 28)),
     "8 x CNN 32-64": Case(lambda: cnn(32, 64).eval(), 8, (32, 1, 28, 28)),
     "8 x CNN 8-16, training": Case(lambda: cnn(8, 16), 8, (16, 1, 28, 28), backward=True),

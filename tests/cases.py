@@ -226,6 +226,20 @@ class Attention(nn.Module):
         }
 
 
+class NativeAttention(nn.Module):
+    """Takes torch's native path in eval mode, where no gradient is needed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.layer(x)
+        z, weights = self.attention(y, y, y)
+        return y, z, weights, self.attention(y, y, y, need_weights=False)[0]
+
+
 class Recurrent(nn.Module):
     """Every recurrent layer and cell, and a packed sequence."""
 
@@ -499,6 +513,11 @@ _CASES: dict[str, Case] = {
             {},
         ),
         _LINEAR | {"scaled_dot_product_attention"},
+    ),
+    "native-attention": Case(
+        NativeAttention,
+        floats(B, 5, 8),
+        frozenset({"_native_multi_head_attention", "_transformer_encoder_layer_fwd"}),
     ),
     "recurrent": Case(
         Recurrent,

@@ -301,6 +301,8 @@ def test_fused_uses_the_rules_of_the_case_and_no_slow_fallback(
     try:
         with torch.profiler.profile() as profile:
             ens(*args, **kwargs)
+            with torch.no_grad():
+                ens(*args, **kwargs)
     finally:
         ft._set_vmap_fallback_enabled(True)
     ran = {event.key: event.count for event in profile.key_averages()}

@@ -1,8 +1,8 @@
-"""Keep torch's native attention out of a call.
+"""Keep torch's native attention out of a call that may need gradients.
 
-In eval mode ``nn.MultiheadAttention`` and the Transformer layers take a fused path that has neither
-a batching rule nor a derivative. They avoid it when a tensor requires a gradient, which inside the
-member axis none seems to do.
+In eval mode ``nn.MultiheadAttention`` and the Transformer layers take a fused path that has no
+derivative. They avoid it when a tensor requires a gradient, which inside the member axis none
+seems to do. Without gradients it is welcome: it runs for one member after another.
 """
 
 from __future__ import annotations

@@ -154,14 +154,12 @@ def _member_kernel(op: str) -> Callable[..., Any]:
             }
             results = [run(*_of_member(args, columns, i)) for i in range(n)]
             single = isinstance(results[0], Tensor)
-            stacked = [
-                torch.stack(parts)
-                for parts in ([results] if single else zip(*results, strict=True))
-            ]
+            columns_out = [results] if single else list(zip(*results, strict=True))
+            stacked = [None if parts[0] is None else torch.stack(parts) for parts in columns_out]
         finally:
             ft.push_dynamic_layer_stack(layer)
             entered.append(ours)
-        wrapped = tuple(attach(value, level) for value in stacked)
+        wrapped = tuple(None if value is None else attach(value, level) for value in stacked)
         return wrapped[0] if single else wrapped
 
     return kernel

@@ -100,7 +100,7 @@ class Planner:
         # In eval mode hardly any model writes its buffers: once it has run it is trusted.
         is_known = not template.is_training and name in self._runs_in_eval
         native: AbstractContextManager[None] = nullcontext()
-        if template.has_attention and name != "loop":
+        if template.has_attention and name != "loop" and torch.is_grad_enabled():
             native = NativeAttentionOff()
         before = [] if is_known else _copies_of_buffers(template, values)
         try:

@@ -53,4 +53,6 @@ BY_MEMBER: Final[Sequence[str]] = (
     "_weight_norm",
     "bilinear",
     "embedding_bag.padding_idx",
+    "_native_multi_head_attention",
+    "_transformer_encoder_layer_fwd",
 )
