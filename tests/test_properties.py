@@ -45,7 +45,7 @@ def make(case: Case, strategy: str, training: bool, n: int = N) -> tuple[Ensembl
             ens(*case.inputs()[0])
         pytest.skip(case.refused_by_vmap)
     if case.random_in_training and training:
-        pytest.skip("draws random numbers: equal in distribution only, see test_randomness.py")
+        pytest.skip("draws random numbers: equal in distribution only, see test_engine.py")
     models = [model.train(training) for model in members(case, n)]
     return Ensemble(models, strategy=strategy), models
 
