@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
 import textwrap
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -193,6 +195,26 @@ def test_run_may_call_a_member_twice_and_its_parts() -> None:
     assert loss.shape == penalty.shape == (3,)
     for i, model in enumerate(models):
         torch.testing.assert_close((loss[i], penalty[i]), fn(model, X, scale=2.0))
+
+
+@dataclass
+class Scaled:
+    """A callable that can't be hashed, because it compares by value."""
+
+    factor: float
+
+    def __call__(self, member: nn.Module, x: Tensor) -> Tensor:
+        return member.linear(x) * self.factor
+
+
+def test_run_takes_any_callable_and_remembers_none_of_them() -> None:
+    ens = ensemble_of(Branches).eval()
+    for factor in (1.0, 2.0, 3.0):
+        expected = torch.stack([member.linear(X) * factor for member in ens])
+        torch.testing.assert_close(ens.run(Scaled(factor), X), expected)
+        partial = functools.partial(Scaled.__call__, Scaled(factor))
+        torch.testing.assert_close(ens.run(partial, X), expected)
+    assert len(ens._planner._fuses) == 2  # one kind of call each, however many objects
 
 
 def test_derivatives_inside_run() -> None:

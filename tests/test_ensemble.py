@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from unisono import CheckpointError, Ensemble, EnsembleError, per_member
+from unisono import (
+    CheckpointError,
+    Ensemble,
+    EnsembleError,
+    UnsupportedModelError,
+    per_member,
+)
 
 
 class Net(nn.Module):
@@ -168,13 +174,11 @@ def test_build_with_shared_parts_gives_all_members_those_of_member_0() -> None:
 
 
 def test_models_that_are_no_list() -> None:
-    for model in (nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2))):
+    for model in (nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)), None, 3):
         with pytest.raises(
-            TypeError, match=r"list of modules, got one .*Ensemble.build\(make_model"
+            UnsupportedModelError, match=r"members come as a list, got one .* Build"
         ):
             Ensemble(model)
-    with pytest.raises(TypeError, match="list of modules, got one NoneType"):
-        Ensemble(None)
     assert len(Ensemble(nn.ModuleList(nets()))) == len(Ensemble(iter(nets()))) == 3
 
 

@@ -14,16 +14,16 @@ from unisono.engine.inputs import check_inputs
 from unisono.engine.parts import Call
 from unisono.engine.plan import Planner, StrategyName
 from unisono.engine.pool import Pool
-from unisono.errors import CheckpointError
 from unisono.options import (
-    as_models,
     check_build,
     check_index,
     check_indices,
+    check_member_count,
     check_options,
     resolve_shared,
     share_values,
 )
+from unisono.refusals import refuse_no_list
 from unisono.stacking import MemberTree, make_template, select, stack, unstack
 
 
@@ -78,7 +78,8 @@ class Ensemble(nn.Module):
     ) -> None:
         super().__init__()
         check_options(strategy, randomness, chunk_size)
-        models = as_models(models)
+        refuse_no_list(models)
+        models = list(models)
         names = resolve_shared(models[0], shared) if models else frozenset()
         check_members(models, shared=names)
         self._assemble(make_template(models[0]), stack(models, shared=names), names, len(models))
@@ -253,20 +254,7 @@ class Ensemble(nn.Module):
         Raises:
             CheckpointError: If the state is that of another number of members; nothing is loaded.
         """
-        found = {
-            state_dict[name].shape[0]
-            for name, own in self.state_dict().items()
-            if isinstance(own, Tensor)
-            and isinstance(state_dict.get(name), Tensor)
-            and own.shape != state_dict[name].shape
-            and own.shape[1:] == state_dict[name].shape[1:]
-        }
-        if found - {self._n}:
-            count = ", ".join(map(str, sorted(found - {self._n})))
-            raise CheckpointError(
-                f"load_state_dict: the state has {count} members, this ensemble has {self._n};"
-                f" build it with as many, or take some of the larger one: big[:{self._n}]"
-            )
+        check_member_count(self.state_dict(), state_dict, self._n)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def __repr__(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, SupportsIndex, get_args
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from unisono.engine.axis import Randomness
 from unisono.engine.plan import StrategyName
+from unisono.errors import CheckpointError
 
 _STRATEGIES = frozenset(get_args(StrategyName))
 _RANDOMNESS = frozenset(get_args(Randomness))
@@ -31,21 +32,6 @@ def check_options(strategy: Any, randomness: Any, chunk_size: Any) -> None:
     if not is_size:
         problems.append(f"chunk_size is a positive integer or None; got {chunk_size!r}")
     raise ValueError("Ensemble: " + "; ".join(problems))
-
-
-def as_models(models: Any) -> list[Any]:
-    """The models as a list.
-
-    Raises:
-        TypeError: If one module was given, or nothing that has members.
-    """
-    is_one = isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList)
-    if is_one or not isinstance(models, Iterable):
-        raise TypeError(
-            f"Ensemble: models is a list of modules, got one {type(models).__name__}; build N of"
-            f" them: Ensemble.build(make_model, n), or Ensemble([make_model() for _ in range(n)])"
-        )
-    return list(models)
 
 
 def check_build(make_model: Any, n: Any, seed: Any) -> None:
@@ -84,6 +70,34 @@ def check_indices(indices: Any, n: int) -> list[int]:
             )
         return [i for i, chosen in enumerate(values) if chosen]
     return [check_index(value, n) for value in values]
+
+
+def check_member_count(own: Mapping[str, Any], given: Mapping[str, Any], n: int) -> None:
+    """Raise if the tensors of a given state are those of another number of members.
+
+    Args:
+        own: The ensemble's state.
+        given: The state to load.
+        n: Number of members of the ensemble.
+
+    Raises:
+        CheckpointError: If a tensor fits but for its member axis.
+    """
+    pairs = [(tensor, given[name]) for name, tensor in own.items() if name in given]
+    found = {
+        theirs.shape[0]
+        for ours, theirs in pairs
+        if isinstance(ours, Tensor)
+        and isinstance(theirs, Tensor)
+        and ours.shape[:1] == (n,) != theirs.shape[:1] != ()
+        and ours.shape[1:] == theirs.shape[1:]
+    }
+    if found:
+        count = ", ".join(map(str, sorted(found)))
+        raise CheckpointError(
+            f"load_state_dict: the state has {count} members, this ensemble has {n}; build it with"
+            f" as many, or take some of the larger one: big[:{n}]"
+        )
 
 
 def resolve_shared(model: nn.Module, shared: str | Sequence[str]) -> frozenset[str]:

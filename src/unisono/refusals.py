@@ -6,7 +6,7 @@ members at once, tensors that two members own in common, and functions that hold
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -29,10 +29,25 @@ def refuse_models(models: Sequence[nn.Module], shared: Collection[str]) -> None:
         UnsupportedModelError: If a model isn't a module, or is of a kind that can't be a member.
         IncompatibleMembersError: If there is no model, or if two are or own the same object.
     """
+    refuse_no_list(models)
     _refuse_other_than_models(models)
     _refuse_repeats(models)
     _refuse_kinds(models)
     _refuse_common_tensors(models, shared)
+
+
+def refuse_no_list(models: Any) -> None:
+    """Raise if the models don't come as a list or another iterable of several.
+
+    Raises:
+        UnsupportedModelError: If one model was given, or something that has no members.
+    """
+    is_one = isinstance(models, (nn.Module, Tensor)) and not isinstance(models, nn.ModuleList)
+    if is_one or not isinstance(models, Iterable):
+        raise UnsupportedModelError(
+            f"Ensemble: the members come as a list, got one {describe(models)}. Build several:\n\n"
+            "    models = [make_model() for _ in range(10)]"
+        )
 
 
 def refuse_captures(captures: Sequence[str]) -> None:
@@ -55,12 +70,7 @@ def refuse_captures(captures: Sequence[str]) -> None:
         )
 
 
-def _refuse_other_than_models(models: Any) -> None:
-    if isinstance(models, (nn.Module, Tensor)) and not isinstance(models, nn.ModuleList):
-        raise UnsupportedModelError(
-            f"Ensemble: the members come as a list, got one {describe(models)}. Build several:\n\n"
-            "    models = [make_model() for _ in range(10)]"
-        )
+def _refuse_other_than_models(models: Sequence[Any]) -> None:
     if len(models) == 0:
         raise IncompatibleMembersError(
             "Ensemble: an ensemble has at least one member, got an empty list."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -62,7 +63,7 @@ class Planner:
     def _run_auto(
         self, template: Template, values: Sequence[Any], call: Call, chunk_size: int | None
     ) -> Result:
-        signature = (getattr(call.fn, "__code__", call.fn), template.is_training)
+        signature = (_kind_of(call.fn), template.is_training)
         if signature in self._needs_loop:
             return self._run_one("loop", template, values, call, chunk_size)
         is_new = signature not in self._fuses
@@ -114,6 +115,13 @@ class Planner:
         if not template.is_training:
             self._runs_in_eval.add(name)
         return result
+
+
+def _kind_of(fn: Any) -> object:
+    """What stays the same where a caller makes the same function anew for each call."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    return getattr(fn, "__code__", type(fn))
 
 
 def _copies_of_buffers(

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unisono.engine.axis import Operand
-from unisono.engine.rules.layout import members_first
+from unisono.engine.rules.layout import for_each_member, members_first
 
 
 def attention(
@@ -29,7 +29,7 @@ def attention(
     inputs = [operand for operand in (query, key, value, mask) if operand is not None]
     if dropout_p > 0.0 or all(dim is None for _, dim in inputs):
         return None
-    q, k, v = (_with_members(operand, n) for operand in (query, key, value))  # (N, *, L, E)
+    q, k, v = (for_each_member(operand, n) for operand in (query, key, value))  # (N, *, L, E)
     if not q.dim() == k.dim() == v.dim():
         return None
     shapes = (q.shape[1:-3], k.shape[1:-3], v.shape[1:-3])
@@ -41,11 +41,6 @@ def attention(
     )
     heads = y.shape[1:] if query[0].dim() - (query[1] is not None) > 2 else y.shape[2:]
     return y.reshape(n, *batch, *heads), 0
-
-
-def _with_members(operand: Operand, n: int) -> Tensor:
-    value = members_first(operand)
-    return value.expand(n, *value.shape) if operand[1] is None else value
 
 
 def _fold_batch(tensor: Tensor, n: int, batch: tuple[int, ...]) -> Tensor:
@@ -63,8 +58,7 @@ def _fold_mask(mask: Operand, n: int, batch: tuple[int, ...]) -> Tensor:
     value = members_first(mask)
     if mask[1] is None and value.dim() <= 3:  # (L, S) or (H, L, S): one for members and batch
         return value
-    if mask[1] is None:
-        value = value.expand(n, *value.shape)
+    value = for_each_member(mask, n)
     own = value.shape[1:]  # (..., L, S)
     full = (*[1] * (len(batch) + 3 - len(own)), *own)  # (*batch or 1, H or 1, L, S)
     value = value.reshape(n, *full).expand(n, *batch, *full[-3:])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unisono.engine.axis import Operand
-from unisono.engine.rules.layout import folded, unfolded
+from unisono.engine.rules.layout import folded, for_each_member, members_first, unfolded
 
 _LARGE = 1e7  # floating-point operations of one member
 _CONV: dict[int, Callable[..., Tensor]] = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
@@ -79,12 +79,7 @@ def _one_by_one(
     options: tuple[object, ...],
 ) -> Operand:
     """The convolutions of the members one after another, joined as `conv` leaves them."""
-    biases = [None] * n if bias is None else _by_member(bias, n)
-    columns = zip(_by_member(x, n), _by_member(weight, n), biases, strict=True)
+    biases = [None] * n if bias is None else for_each_member(bias, n)
+    columns = zip(members_first(x), members_first(weight), biases, strict=True)
     ys = [convolve(*column, *options) for column in columns]  # N of (B, O, *)
     return torch.stack(ys, 1), 1  # (B, N, O, *)
-
-
-def _by_member(operand: Operand, n: int) -> Sequence[Tensor]:
-    value, dim = operand
-    return [value] * n if dim is None else value.unbind(dim)

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from unisono.engine.axis import Operand
-from unisono.engine.rules.layout import members_first
+from unisono.engine.rules.layout import for_each_member, members_first
 
 
 def embedding(
@@ -27,9 +27,7 @@ def embedding(
     if weight[1] is None:
         return None
     tables = members_first(weight)  # (N, V, D)
-    ids = members_first(indices)
-    if indices[1] is None:
-        ids = ids.expand(n, *ids.shape)
+    ids = for_each_member(indices, n)
     first_rows = torch.arange(n, device=ids.device, dtype=ids.dtype) * tables.shape[1]
     rows = ids + first_rows.view(n, *[1] * (ids.dim() - 1))
     y = F.embedding(rows, tables.flatten(0, 1), scale_grad_by_freq=scale_grad_by_freq)

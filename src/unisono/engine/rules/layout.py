@@ -13,6 +13,12 @@ def members_first(operand: Operand) -> Tensor:
     return value.movedim(dim, 0) if dim else value
 
 
+def for_each_member(operand: Operand, n: int) -> Tensor:
+    """The tensor as (N, *); one that is the same for all members is repeated, without a copy."""
+    value = members_first(operand)
+    return value.expand(n, *value.shape) if operand[1] is None else value
+
+
 def folded(operand: Operand, dim: int, n: int) -> Tensor:
     """The tensor with its N members folded into axis ``dim``, members outermost.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unisono.engine.axis import Operand
-from unisono.engine.rules.layout import members_first, unfolded
+from unisono.engine.rules.layout import for_each_member, unfolded
 
 _NONE, _MEAN, _SUM = 0, 1, 2  # at::Reduction
 
@@ -72,7 +72,7 @@ def _fold(
         return None
     if scores[1] is None and target[1] is None:
         return None  # one loss for all members
-    x, y = _examples(scores, n), _examples(target, n)
+    x, y = for_each_member(scores, n), for_each_member(target, n)
     is_single = x.dim() == 2  # (N, C): one example, without batch axis
     if not is_single:
         x, y = x.flatten(0, 1), y.flatten(0, 1)  # (N * B, C, *), (N * B, *)
@@ -89,12 +89,6 @@ def _fold(
     if class_weight is None:
         return total / _sum_per_member(counted, n), 0
     return total / _sum_per_member(class_weight[torch.where(counted, y, 0)] * counted, n), 0
-
-
-def _examples(operand: Operand, n: int) -> Tensor:
-    """The tensor as (N, *), a shared one repeated without a copy."""
-    value = members_first(operand)
-    return value.expand(n, *value.shape) if operand[1] is None else value
 
 
 def _sum_per_member(values: Tensor, n: int) -> Tensor:
