@@ -364,6 +364,13 @@ def test_a_state_of_another_number_of_members_is_refused_and_nothing_is_loaded()
     assert ens.load_state_dict(more[:3].state_dict()).missing_keys == []
 
 
+def test_a_state_without_member_axis_gets_torchs_own_error() -> None:
+    ens = Ensemble(nets())
+    count = "members.backbone.1.num_batches_tracked"
+    with pytest.raises(RuntimeError, match=f"size mismatch for {count}"):
+        ens.load_state_dict({**ens.state_dict(), count: torch.tensor(1)})
+
+
 def test_torch_func_transforms_work_over_an_ensemble() -> None:
     ens = Ensemble(nets()).eval()
     parameters = {name: p.detach() for name, p in ens.named_parameters()}
