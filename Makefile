@@ -11,11 +11,28 @@ TORCH  ?= torch==2.13.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+# Options of the two: make bench BENCH="--only CNN", make zoo ZOO="--only timm/".
+BENCH ?=
+ZOO   ?=
+
+# torchvision belongs to one torch, and not to the oldest: the zoo has a venv of its own.
+ZOO_VENV         ?= .venv-zoo
+ZOO_TORCH        ?= torch==2.14.1
+ZOO_TORCHVISION  ?= torchvision==0.29.1
+ZOO_TIMM         ?= timm==1.0.31
+ZOO_TRANSFORMERS ?= transformers==5.23.0
+
+ZOO_BIN := $(ZOO_VENV)/bin
+ZOO_PIP := $(ZOO_BIN)/python -m pip --disable-pip-version-check
+
 # One empty file per finished install step. A step writes its file last, so a step that failed or
 # was interrupted has none and runs again. They live in the venv and go when it goes.
 STAMPS  := $(VENV)/.unisono
 # The file of the torch step carries a checksum of what was asked for: another TORCH, another step.
 TORCHED := $(STAMPS)/torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
+
+ZOO_ALL := $(ZOO_TORCH) $(ZOO_TORCHVISION) $(ZOO_TIMM) $(ZOO_TRANSFORMERS)
+ZOOED   := $(ZOO_VENV)/.unisono-$(shell printf '%s' '$(ZOO_ALL)' | cksum | cut -d ' ' -f 1)
 
 # $(call step,name,command,what to try): announce the step, run it, say so if it failed.
 define step
@@ -26,7 +43,7 @@ endef
 .DEFAULT_GOAL := help
 .NOTPARALLEL:                 # two pips in one venv would break it
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow format lint types docs bench wheel clean
+.PHONY: help demo test test-slow format lint types docs bench zoo wheel clean
 
 help:  ## List the targets
 	@printf 'make TARGET, with TARGET one of\n\n'
@@ -64,15 +81,19 @@ docs: $(STAMPS)/dev  ## Build the documentation into build/docs
 	$(sphinx)
 	@printf 'unisono: open build/docs/index.html\n'
 
-bench: $(STAMPS)/bench  ## Time ensembles against the loop and against torch.vmap
-	$(call step,run the benchmarks,$(BIN)/unisono bench,$(BIN)/unisono bench --help)
+bench: $(STAMPS)/bench  ## Time ensembles against the loop and others on many networks; about 25 min
+	@mkdir -p build
+	$(call step,run the benchmarks,$(BIN)/python -m benchmarks.predict --json build/bench.json --png build/bench.png $(BENCH),make bench BENCH="--only MLP")
+
+zoo: $(ZOOED)  ## Compare ensembles of public models with the loop; takes hours and can be resumed
+	$(call step,go through the zoo,$(ZOO_BIN)/python -m benchmarks.zoo --json build/zoo/zoo.json --page docs/zoo.md $(ZOO),make zoo ZOO="--only NAME")
 
 wheel: $(STAMPS)/pip  ## Build the wheel into dist
 	$(call step,build the wheel,$(PIP) wheel --quiet --no-deps --wheel-dir dist .,an internet connection: the build fetches hatchling)
 
 clean:  ## Remove the venv and everything built; keeps runs/
-	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find src tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf $(VENV) $(ZOO_VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find src tests docs benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The install steps. --clear: without this file, a venv that is there was left half made.
 # pip comes first, because the one that Python 3.11 brings can't install dependency groups.
@@ -98,4 +119,16 @@ $(STAMPS)/dev: GROUP := --group dev
 $(STAMPS)/bench: GROUP := --group bench
 $(STAMPS)/demo $(STAMPS)/dev $(STAMPS)/bench: $(TORCHED) pyproject.toml
 	$(call step,$(strip install unisono[$(EXTRA)] $(GROUP)),$(PIP) install --quiet --editable ".[$(EXTRA)]" $(GROUP),an internet connection and the same command again)
+	@touch $@
+
+# torch first and by itself, so that what comes next finds the build that was asked for. timm without
+# its requirements: it would bring another torchvision; what it needs of them is the group `zoo`.
+$(ZOOED): $(STAMPS)/pip pyproject.toml
+	@rm -f $(ZOO_VENV)/.unisono-*
+	$(call step,create $(ZOO_VENV),$(PYTHON) -m venv $(ZOO_VENV),rm -rf $(ZOO_VENV) and the same command again)
+	$(call step,upgrade pip,$(ZOO_PIP) install --quiet --upgrade "pip>=25.1",an internet connection and the same command again)
+	$(call step,install torch for the zoo,$(ZOO_PIP) install --quiet $(ZOO_TORCH),another one: make ZOO_TORCH=... zoo)
+	$(call step,install torchvision,$(ZOO_PIP) install --quiet $(ZOO_TORCH) $(ZOO_TORCHVISION),the one that belongs to your torch: make ZOO_TORCHVISION=... zoo)
+	$(call step,install unisono and what the zoo needs,$(ZOO_PIP) install --quiet --editable . --group zoo $(ZOO_TORCH) $(ZOO_TRANSFORMERS),an internet connection and the same command again)
+	$(call step,install timm,$(ZOO_PIP) install --quiet --no-deps $(ZOO_TIMM),an internet connection and the same command again)
 	@touch $@

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unisono.engine.rules.pooling import POOLING
+from unisono.engine.rules.reduced_loss import REDUCED_LOSSES
+from unisono.engine.rules.spatial import POOLING, UPSAMPLING
 
 N = 3
 B = 4
@@ -294,9 +295,9 @@ class Pools(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         pools = [
-            [F.max_pool1d, F.avg_pool1d, F.adaptive_avg_pool1d],
-            [F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d],
-            [F.max_pool3d, F.avg_pool3d, F.adaptive_avg_pool3d],
+            [F.max_pool1d, F.avg_pool1d, F.adaptive_avg_pool1d, F.adaptive_max_pool1d],
+            [F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d],
+            [F.max_pool3d, F.avg_pool3d, F.adaptive_avg_pool3d, F.adaptive_max_pool3d],
         ]
         outputs = []
         for d, conv in enumerate(self.convs):
@@ -330,6 +331,247 @@ class CrossEntropy(nn.Module):
             "nll": F.nll_loss(y.log_softmax(-1), target, weight),
             "nll-none": F.nll_loss(pixels.log_softmax(1), torch.stack([target] * 2, -1)),
         }
+
+
+class RarePools(nn.Module):
+    """Pooling by power, at random places, and undone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 1)
+        self.register_buffer("places", torch.rand(B, 3, 2, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        y = self.conv(x)  # (B, 2, 8, 8) -> (B, 3, 8, 8)
+        largest, where = F.adaptive_max_pool2d(y, 3, return_indices=True)
+        pooled, places = F.max_pool2d(y, 2, return_indices=True)
+        fractional = F.fractional_max_pool2d(y, 2, 3, _random_samples=self.places.clamp(0, 0.99))
+        return [
+            *(largest, where, fractional, F.max_unpool2d(pooled, places, 2)),
+            *(F.lp_pool2d(y.abs(), 3.0, 2), F.lp_pool1d(y[:, :, 0].abs(), 2.0, 2)),
+        ]
+
+
+class Losses(nn.Module):
+    """Every loss of single elements or examples, with every reduction."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, labels: Tensor) -> list[Tensor]:
+        y = self.linear(x)  # (B, 3)
+        other, target = y.flip(0) * 0.5, x.detach().sigmoid()
+        weight = torch.linspace(0.5, 2.0, 3, dtype=x.dtype)
+        losses = []
+        for reduction in ("mean", "sum", "none"):
+            how = {"reduction": reduction}
+            losses += [
+                F.binary_cross_entropy(y.sigmoid(), target, **how),
+                F.binary_cross_entropy(y.sigmoid(), target, weight, **how),
+                F.binary_cross_entropy_with_logits(y, target, pos_weight=weight, **how),
+                F.binary_cross_entropy_with_logits(y[0], target[0], target[1], **how),
+                F.kl_div(
+                    y.log_softmax(-1),
+                    target.softmax(-1),
+                    reduction=reduction.replace("mean", "batchmean"),
+                ),
+                F.kl_div(
+                    y.log_softmax(-1), other.log_softmax(-1), reduction="sum", log_target=True
+                ),
+                F.margin_ranking_loss(y, other, 1.0 - 2.0 * (target > 0.5), 0.1, **how),
+                F.triplet_margin_loss(y, other, x, swap=True, **how),
+                F.soft_margin_loss(y, 1.0 - 2.0 * (target > 0.5), **how),
+                F.multi_margin_loss(y, labels, **how),
+                F.multi_margin_loss(y, labels, p=2, weight=weight, **how),
+                F.multi_margin_loss(y[0], labels[0], **how),
+                F.multilabel_margin_loss(y, labels[:, None].expand(-1, 3), **how),
+            ]
+        steps = y.expand(6, *y.shape).log_softmax(-1)  # (T, B, 3)
+        lengths = torch.full((len(x),), 6), torch.full((len(x),), 1)
+        losses += [F.ctc_loss(steps, 1 + labels[:, None].clamp(max=1), *lengths)]
+        return losses
+
+
+class ConvTransposes(nn.Module):
+    """Transposed convolutions in a chain, grouped, dilated, and without a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        kinds = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+        self.first = nn.ModuleList([kind(2, 4, 3, 2, output_padding=1) for kind in kinds])
+        self.then = nn.ModuleList(
+            [kind(4, 6, 2, padding=1, groups=2, bias=False, dilation=2) for kind in kinds]
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        outputs = []
+        for d in range(3):
+            image = x[(..., *[0] * (2 - d))]  # (B, 2, 2), (B, 2, 2, 2), (B, 2, 2, 2, 2)
+            y = self.first[d](image)
+            outputs += [self.then[d](y.relu()), self.then[d](torch.cat([image, image], 1))]
+            outputs += [self.first[d](image[0])]
+        constant = torch.ones(2, 3, 2, dtype=x.dtype)
+        return [*outputs, F.conv_transpose1d(x[..., 0, 0], constant)]
+
+
+class Norms(nn.Module):
+    """Normalisation over axes, channels and groups, behind a convolution and on the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 4, 1)
+        self.over_axes = nn.ModuleList(
+            [
+                nn.LayerNorm(5),
+                nn.LayerNorm((4, 5), bias=False),
+                nn.LayerNorm(5, elementwise_affine=False),
+                nn.RMSNorm(5, eps=1e-3),
+                nn.RMSNorm(5, elementwise_affine=False),
+            ]
+        )
+        self.over_channels = nn.ModuleList(
+            [
+                nn.GroupNorm(2, 4),
+                nn.GroupNorm(4, 4, affine=False),
+                nn.InstanceNorm1d(4),
+                nn.InstanceNorm1d(4, affine=True, track_running_stats=True),
+            ]
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        inputs = (x, self.conv(x))  # (B, 4, 5)
+        return [norm(y) for norm in (*self.over_axes, *self.over_channels) for y in inputs]
+
+
+class Bags(nn.Module):
+    """Bags of embeddings in one and two dimensions, weighted, empty, and of one table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bags = nn.ModuleList([nn.EmbeddingBag(7, 3, mode=m) for m in ("sum", "mean", "max")])
+        self.padded = nn.EmbeddingBag(7, 3, padding_idx=0, include_last_offset=True)
+        self.by_frequency = nn.EmbeddingBag(7, 3, scale_grad_by_freq=True, mode="sum")
+        self.scale = nn.Parameter(torch.rand(8))
+
+    def forward(self, ids: Tensor) -> list[Tensor]:
+        flat, offsets = ids.flatten(), torch.tensor([0, 2, 2, 5])  # (B, 2)
+        outputs = [y for bag in self.bags for y in (bag(ids), bag(flat, offsets))]
+        table = torch.linspace(-1, 1, 21, dtype=self.scale.dtype).view(7, 3)
+        outputs += [self.bags[0](ids, per_sample_weights=self.scale.view(4, 2))]
+        outputs += [
+            F.embedding_bag(flat, table, offsets, per_sample_weights=self.scale, mode="sum")
+        ]
+        outputs += list(torch.embedding_bag(self.bags[2].weight, flat, offsets, mode=2))
+        outputs += [self.padded(flat, torch.tensor([0, 3, 8])), self.by_frequency(ids)]
+        return outputs
+
+
+class Resized(nn.Module):
+    """Every upsampling, padding and joining, of the input and of a convolution's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv1d(2, 2, 1), nn.Conv2d(2, 2, 1), nn.Conv3d(2, 2, 1)])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        modes = [("linear",), ("bilinear", "bicubic"), ("trilinear",)]
+        outputs = []
+        for d, conv in enumerate(self.convs):
+            image = x[(..., *[0] * (2 - d))]  # (B, 2, 3), (B, 2, 3, 3), (B, 2, 3, 3, 3)
+            y = conv(image)
+            for mode in ("nearest", "nearest-exact", *modes[d]):
+                outputs += [F.interpolate(y, scale_factor=1.5, mode=mode)]
+                outputs += [F.interpolate(image * conv.bias[0], 4, mode=mode)]
+            for mode in ("constant", "reflect", "replicate", "circular"):
+                around = (1, 2) * (d + 1)
+                outputs += [F.pad(y, around, mode), F.pad(y[0], around, mode)]
+                outputs += [F.pad(image * conv.bias[0], around, mode)]
+            outputs += [torch.cat([y, image, conv(y)], k) for k in (0, 1, -1)]
+        image = self.convs[1](x[..., 0])
+        for mode in ("bilinear", "bicubic"):
+            outputs += [F.interpolate(image, 2, mode=mode, antialias=True)]
+        return [*outputs, F.pad(y, (1, 0) * 5, value=2.0), torch.cat([image, image])]
+
+
+class Reordered(nn.Module):
+    """Ops that only move numbers, and ops that write into a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+        self.unfold = nn.Unfold(2)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        y = self.conv(x)  # (B, 4, 4, 4)
+        written = y.clone().clamp_(-1, 1)
+        written.masked_fill_(x > 1, y.sum()).tril_()
+        written.addcmul_(x, y).pow_(2)
+        patches = self.unfold(y)
+        return [
+            *(F.pixel_shuffle(y, 2), F.pixel_unshuffle(y, 2), F.channel_shuffle(y, 2)),
+            *(patches, F.fold(patches, (4, 4), 2), written),
+        ]
+
+
+class DroppedAttention(nn.Module):
+    """Attention that drops weights in training; in eval mode it drops them not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x).unflatten(-1, (2, 2)).transpose(1, 2)
+        return F.scaled_dot_product_attention(y, y, y, dropout_p=0.5 * self.training)
+
+
+class MaskedAttention(nn.Module):
+    """Multi-head attention and a layer of a Transformer with masks, also the native ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.sequence_first = nn.MultiheadAttention(8, 2, bias=False, kdim=4, vdim=4)
+        self.added = nn.MultiheadAttention(8, 2, add_bias_kv=True, add_zero_attn=True)
+        self.layer = nn.TransformerEncoderLayer(
+            8, 2, 16, 0.0, "gelu", batch_first=True, norm_first=True
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor | None]:
+        causal = torch.ones(5, 5).triu(1) > 0
+        padding = torch.zeros(x.shape[:2], dtype=torch.bool)
+        padding[0, 3:] = True
+        attend = self.attention
+        results = [
+            attend(x, x, x, key_padding_mask=padding, need_weights=False),
+            attend(x, x, x, attn_mask=causal, average_attn_weights=False),
+            attend(x, x, x, attn_mask=causal, key_padding_mask=padding),
+            attend(x[:, :2], x, x),
+            self.sequence_first(x, x[..., :4], x[..., 4:]),
+            self.added(x, x, x),
+        ]
+        layers = [
+            self.layer(x, src_mask=causal),
+            self.layer(x, src_key_padding_mask=padding),
+            self.layer(x, causal, padding),
+        ]
+        return [*(part for result in results for part in result), *layers]
+
+
+class RecurrentOptions(nn.Module):
+    """Recurrent layers with a projection, without bias, and with states given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(3, 4, 2, bias=False, proj_size=2)
+        self.gru = nn.GRU(2, 3, 2, bidirectional=True)
+        self.start = nn.Parameter(torch.randn(4, 1, 3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y, _ = self.lstm(x)
+        z, h = self.gru(y, self.start.expand(-1, x.shape[1], -1).contiguous())
+        return y, z, h, self.gru(y[:, 0])[0]
 
 
 def _mlp() -> nn.Module:
@@ -553,9 +795,52 @@ _CASES: dict[str, Case] = {
         frozenset({"bilinear"}),
     ),
     "embedding-bag": Case(
-        lambda: nn.EmbeddingBag(7, 3, mode="sum", padding_idx=0),
-        ids(B, 4, high=7),
-        frozenset({"embedding_bag.padding_idx"}),
+        Bags,
+        ids(B, 2, high=7),
+        frozenset({"embedding_bag", "embedding_bag.padding_idx"}),
+    ),
+    "conv-transpose": Case(
+        ConvTransposes,
+        floats(B, 2, 2, 2, 2),
+        frozenset({"conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input"}),
+    ),
+    "norms": Case(
+        Norms,
+        floats(B, 4, 5),
+        frozenset({"layer_norm", "rms_norm", "group_norm", "instance_norm"}),
+    ),
+    "losses": Case(
+        Losses,
+        lambda: ((torch.randn(B, 3, dtype=torch.float64), torch.randint(3, (B,))), {}),
+        frozenset(REDUCED_LOSSES),
+    ),
+    "resized": Case(
+        Resized,
+        floats(2, 2, 3, 3, 3),
+        frozenset({"pad", "cat", *UPSAMPLING}),
+    ),
+    "pooling-rare": Case(
+        RarePools,
+        floats(B, 2, 8, 8),
+        frozenset({"adaptive_max_pool2d", "fractional_max_pool2d", "max_unpool2d"}),
+    ),
+    "reordered": Case(Reordered, floats(B, 4, 4, 4), _CONV2D),
+    "attention-dropped": Case(
+        DroppedAttention,
+        floats(B, 5, 4),
+        frozenset({"scaled_dot_product_attention"}),
+        random_in_training=True,
+    ),
+    "attention-masked": Case(
+        MaskedAttention,
+        floats(B, 5, 8),
+        frozenset({"_native_multi_head_attention", "_transformer_encoder_layer_fwd"}),
+    ),
+    "recurrent-options": Case(
+        RecurrentOptions,
+        floats(5, 2, 3),
+        frozenset({"lstm.input", "gru.input"}),
+        refused_by_vmap="no batching rule for aten::lstm.input",
     ),
     "without-parameters": Case(lambda: nn.Sequential(nn.Tanh(), nn.Flatten()), floats(B, 2, 3)),
 }

@@ -452,8 +452,13 @@ def test_a_mark_within_a_mark_is_refused() -> None:
     [
         ({"strategy": "fast"}, "strategy is one of 'auto', 'fused', 'vmap', 'loop'; got 'fast'"),
         ({"randomness": "none"}, "randomness is one of 'different', 'same', 'error'; got 'none'"),
-        ({"chunk_size": 0}, "chunk_size is a positive integer or None; got 0"),
-        ({"chunk_size": True}, "chunk_size is a positive integer or None; got True"),
+        ({"chunk_size": 0}, 'chunk_size is a positive integer, "auto" or None; got 0'),
+        ({"chunk_size": True}, 'chunk_size is a positive integer, "auto" or None; got True'),
+        (
+            {"memory_limit": 10},
+            'memory_limit is a positive number of bytes, with chunk_size="auto"; got'
+            " memory_limit=10 with chunk_size=None",
+        ),
     ],
 )
 def test_options_are_checked_at_construction_and_when_changed(

@@ -312,4 +312,4 @@ def test_fused_uses_the_rules_of_the_case_and_no_slow_fallback(
 
 def test_every_rule_has_a_case() -> None:
     tested = set(itertools.chain.from_iterable(param.values[0].rules for param in CASES))
-    assert tested == {*RULES, *BY_MEMBER}
+    assert set(RULES) <= tested <= {*RULES, *BY_MEMBER}

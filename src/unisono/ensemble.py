@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from unisono.differences import check_members
 from unisono.engine.axis import Randomness
+from unisono.engine.capture import Capture
 from unisono.engine.inputs import check_inputs
 from unisono.engine.parts import Call
-from unisono.engine.plan import Planner, StrategyName
+from unisono.engine.plan import Plan, StrategyName
+from unisono.engine.planner import Options, Planner
 from unisono.engine.pool import Pool
 from unisono.options import (
     check_build,
@@ -41,11 +43,15 @@ class Ensemble(nn.Module):
             buffers that are the same in all models and are to stay so: they are stored once,
             without a member axis, and what depends on them alone is computed once.
         strategy: How a call runs. ``"fused"`` runs all members at once, ``"vmap"`` does it by
-            PyTorch's own recipe, ``"loop"`` runs them one after another. ``"auto"`` is fused,
-            and loop (with one `EnsembleWarning`) for a model that can't be fused.
+            PyTorch's own recipe, ``"loop"`` runs them one after another. ``"auto"`` times these
+            ways on the first call of each kind and keeps the fastest; what can't run for all
+            members at once runs one by one, with one `EnsembleWarning`. See `explain`.
         randomness: Whether dropout and the like draw ``"different"`` numbers for each member,
             the ``"same"``, or raise an ``"error"``.
-        chunk_size: How many members run at once; None for all. Smaller chunks take less memory.
+        chunk_size: How many members run at once; None for all. Smaller chunks take less memory;
+            ``"auto"`` takes the largest that keeps a call within ``memory_limit``.
+        memory_limit: For ``chunk_size="auto"``: the bytes that a call may allocate, beside its
+            inputs and the ensemble itself; None for half of what is free.
 
     Shape:
         - input: (*) shared by all members, or (N, *) where marked with `per_member`
@@ -74,10 +80,11 @@ class Ensemble(nn.Module):
         shared: str | Sequence[str] = (),
         strategy: StrategyName = "auto",
         randomness: Randomness = "different",
-        chunk_size: int | None = None,
+        chunk_size: int | Literal["auto"] | None = None,
+        memory_limit: int | None = None,
     ) -> None:
         super().__init__()
-        check_options(strategy, randomness, chunk_size)
+        check_options(strategy, randomness, chunk_size, memory_limit)
         refuse_no_list(models)
         models = list(models)
         names = resolve_shared(models[0], shared) if models else frozenset()
@@ -86,6 +93,7 @@ class Ensemble(nn.Module):
         self.strategy = strategy
         self.randomness = randomness
         self.chunk_size = chunk_size
+        self.memory_limit = memory_limit
 
     @classmethod
     def build(
@@ -97,7 +105,8 @@ class Ensemble(nn.Module):
         shared: str | Sequence[str] = (),
         strategy: StrategyName = "auto",
         randomness: Randomness = "different",
-        chunk_size: int | None = None,
+        chunk_size: int | Literal["auto"] | None = None,
+        memory_limit: int | None = None,
     ) -> Ensemble:
         """Build an ensemble of n new models with weights of their own.
 
@@ -112,6 +121,7 @@ class Ensemble(nn.Module):
             strategy: As for `Ensemble`.
             randomness: As for `Ensemble`.
             chunk_size: As for `Ensemble`.
+            memory_limit: As for `Ensemble`.
 
         Returns:
             The ensemble.
@@ -139,6 +149,7 @@ class Ensemble(nn.Module):
             strategy=strategy,
             randomness=randomness,
             chunk_size=chunk_size,
+            memory_limit=memory_limit,
         )
 
     def forward(self, /, *args: Any, **kwargs: Any) -> Any:
@@ -183,12 +194,62 @@ class Ensemble(nn.Module):
             >>> loss.shape
             torch.Size([5])
         """
-        check_options(self.strategy, self.randomness, self.chunk_size)
-        if not callable(fn):
-            raise TypeError(f"ens.run: fn is a function fn(member, ...); got {fn!r}")
-        check_inputs("ens(...)", self._n, args, kwargs)
-        call = Call(fn, args, kwargs, self._n, self.randomness)
-        return self._planner.run(call, self.strategy, self.chunk_size)
+        call = self._call(fn, args, kwargs)
+        return self._planner.run(call, self._options())
+
+    def explain(self, /, *args: Any, **kwargs: Any) -> Plan:
+        """Tell how a call with these arguments runs, and why.
+
+        Nothing of it stays: parameters, buffers and the random state are afterwards as before.
+        With ``strategy="auto"`` a call of a new kind is timed, as a call would do it.
+
+        Args:
+            *args: As for a call.
+            **kwargs: As for a call.
+
+        Returns:
+            The plan: strategy, chunk size, reason, the candidates' times in seconds, and for each
+            op of the forward where it stands, how it ran, and its share of the time. It prints
+            as a table.
+
+        Raises:
+            ValueError: If a marked tensor has no member axis of length N.
+
+        Example:
+            >>> ens = Ensemble([nn.Linear(3, 2) for _ in range(5)], strategy="fused")
+            >>> plan = ens.explain(torch.randn(8, 3))
+            >>> plan.strategy, [(op.op, op.how, op.rule) for op in plan.ops]
+            ('fused', [('linear', 'rule', 'linear')])
+        """
+        call = self._call(_call_member, args, kwargs)
+        return self._planner.explain(call, self._options())
+
+    def capture(self, /, *args: Any, **kwargs: Any) -> Capture:
+        """Record one call without gradients, to be replayed without Python overhead.
+
+        ``capture(x) == ens(x)`` for every ``x`` of the recorded shape and dtype; other shapes
+        are recorded when they come. The weights stay live: a step of an optimizer shows in the
+        next replay. What ``forward`` does in Python is frozen.
+
+        Args:
+            *args: Example inputs, with `per_member` marks as for a call.
+            **kwargs: Likewise.
+
+        Returns:
+            A function that takes what the ensemble takes. Its ``code`` is the program as Python
+            text; ``on_change`` and ``max_programs`` say what happens at other shapes.
+
+        Raises:
+            UnsupportedModelError: If what ``forward`` does depends on the elements of a tensor.
+
+        Example:
+            >>> ens = Ensemble([nn.Linear(3, 2) for _ in range(5)])
+            >>> predict = ens.capture(torch.randn(8, 3))
+            >>> predict(torch.randn(8, 3)).shape
+            torch.Size([5, 8, 2])
+        """
+        call = self._call(_call_member, args, kwargs)
+        return Capture(self._planner.pool, call, self.strategy, self.chunk_size)
 
     def unstack(self) -> list[nn.Module]:
         """N independent ordinary modules, of the models' class, with copies of the tensors.
@@ -280,6 +341,16 @@ class Ensemble(nn.Module):
         self.training = members.training
         self._planner = Planner(Pool(template, members, shared))
 
+    def _call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        check_options(self.strategy, self.randomness, self.chunk_size, self.memory_limit)
+        if not callable(fn):
+            raise TypeError(f"ens.run: fn is a function fn(member, ...); got {fn!r}")
+        check_inputs("ens(...)", self._n, args, kwargs)
+        return Call(fn, args, kwargs, self._n, self.randomness)
+
+    def _options(self) -> Options:
+        return Options(self.strategy, self.chunk_size, self.memory_limit)
+
     def _member(self, index: int, *, copy: bool) -> nn.Module:
         pool = self._planner.pool
         return unstack(
@@ -303,6 +374,7 @@ class Ensemble(nn.Module):
         ensemble.strategy = self.strategy
         ensemble.randomness = self.randomness
         ensemble.chunk_size = self.chunk_size
+        ensemble.memory_limit = self.memory_limit
         return ensemble
 
 

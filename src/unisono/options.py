@@ -19,10 +19,15 @@ _RANDOMNESS = frozenset(get_args(Randomness))
 _INDEX = "the index is an integer, a slice, a list of integers or a mask of booleans"
 
 
-def check_options(strategy: Any, randomness: Any, chunk_size: Any) -> None:
+def check_options(
+    strategy: Any, randomness: Any, chunk_size: Any, memory_limit: Any = None
+) -> None:
     """Raise one error for all options that aren't what they should be."""
-    is_size = chunk_size is None or (type(chunk_size) is int and chunk_size > 0)
-    if strategy in _STRATEGIES and randomness in _RANDOMNESS and is_size:
+    is_size = chunk_size in (None, "auto") or (type(chunk_size) is int and chunk_size > 0)
+    is_limit = memory_limit is None or (
+        type(memory_limit) is int and memory_limit > 0 and chunk_size == "auto"
+    )
+    if strategy in _STRATEGIES and randomness in _RANDOMNESS and is_size and is_limit:
         return
     problems = []
     if strategy not in _STRATEGIES:
@@ -30,7 +35,12 @@ def check_options(strategy: Any, randomness: Any, chunk_size: Any) -> None:
     if randomness not in _RANDOMNESS:
         problems.append(f"randomness is one of {_listed(Randomness)}; got {randomness!r}")
     if not is_size:
-        problems.append(f"chunk_size is a positive integer or None; got {chunk_size!r}")
+        problems.append(f'chunk_size is a positive integer, "auto" or None; got {chunk_size!r}')
+    if not is_limit:
+        problems.append(
+            f'memory_limit is a positive number of bytes, with chunk_size="auto"; got'
+            f" memory_limit={memory_limit!r} with chunk_size={chunk_size!r}"
+        )
     raise ValueError("Ensemble: " + "; ".join(problems))
 
 

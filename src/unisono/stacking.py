@@ -194,7 +194,11 @@ def _mirror(model: nn.Module, convert: Callable[[str, Tensor], Tensor]) -> Membe
             tree.add_module(key, None if child is None else visit(child, f"{prefix}{key}."))
         return tree
 
-    return visit(model, "")
+    tree = visit(model, "")
+    # `visit` refers to itself, and would keep the tensors alive until the next garbage collection.
+    trees.clear()
+    tensors.clear()
+    return tree
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

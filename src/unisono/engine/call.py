@@ -7,13 +7,15 @@ except through in-place writes to its buffers; what ``forward`` assigned is retu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from unisono.engine.axis import attach, detach, install, member_axis
+from unisono.engine.axis import attach, attach_all, detach, install, member_axis
 from unisono.engine.inputs import map_inputs, per_member
+from unisono.engine.outputs import check_arguments, check_leaf
 from unisono.engine.parts import Assigned, Call, Parts, Result
 from unisono.engine.rules import BY_MEMBER, RULES
 from unisono.engine.template import Template
@@ -29,17 +31,33 @@ Strategy = Callable[[Template, Sequence[Any], Call], Result]
 
 def fused(template: Template, values: Sequence[Any], call: Call) -> Result:
     """Run ``forward`` once, every tensor standing for those of all members."""
+    return at_once(template, values, call, _nothing_around)
+
+
+def at_once(
+    template: Template,
+    values: Sequence[Any],
+    call: Call,
+    around: Callable[[int], AbstractContextManager[Any]],
+) -> Result:
+    """Run ``forward`` once, inside ``around(level)``."""
     install(RULES, BY_MEMBER)
     with member_axis(call.n, call.randomness) as level:
 
         def enter(leaf: Any) -> Any:
             return attach(leaf, level) if isinstance(leaf, Tensor) else leaf
 
+        def is_of_members(tensor: Tensor) -> bool:
+            return detach(tensor, level)[1] is not None
+
         def leave(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
+                check_leaf(leaf, is_of_members)
                 return leaf
             value, dim = detach(leaf, level)
             if dim is None:  # the same for all members; a copy, so that each can be written to
+                if value.layout is not torch.strided:
+                    return torch.stack([value] * call.n)
                 return value.expand(call.n, *value.shape).clone()
             return value.movedim(dim, 0) if dim else value
 
@@ -52,19 +70,29 @@ def fused(template: Template, values: Sequence[Any], call: Call) -> Result:
             return _assigned(write._replace(value=value), stacked)
 
         args, kwargs = map_inputs(call.args, call.kwargs, enter)
-        given = [
-            (attach(value, level) if isinstance(value, Tensor) else tree_map(enter, value))
-            if slot.stacked
-            else value
-            for slot, value in zip(template.slots, values, strict=True)
-        ]
+        given = (
+            attach_all(values, level)
+            if template.holds_stacked_tensors
+            else [
+                (attach(value, level) if isinstance(value, Tensor) else tree_map(enter, value))
+                if slot.stacked
+                else value
+                for slot, value in zip(template.slots, values, strict=True)
+            ]
+        )
         try:
-            with template.filled(given) as writes:
+            with template.filled(given) as writes, around(level):
                 outputs = call.fn(template.module, *args, **kwargs)
         except Exception as error:
             _add_place(error, template, _AT_ONCE)
             raise
-        return Result(tree_map(leave, outputs), [join(write) for write in writes])
+        check_arguments(call, is_of_members)
+        joined = leave(outputs) if type(outputs) is Tensor else tree_map(leave, outputs)
+        return Result(joined, [join(write) for write in writes])
+
+
+def _nothing_around(level: int) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 def vmap(template: Template, values: Sequence[Any], call: Call) -> Result:
@@ -156,14 +184,25 @@ def in_chunks(strategy: Strategy, size: int) -> Strategy:
         parts = Parts(template, values, call, lambda tensor: torch.split(tensor, size))
         results = []
         for k, start in enumerate(range(0, call.n, size)):
-            args, kwargs = parts.inputs(k, mark=per_member)
-            n = min(size, call.n - start)
-            chunk = call._replace(args=args, kwargs=kwargs, n=n)
+            chunk = _chunk(parts, k, call, min(size, call.n - start))
             with parts.random_state(k):
                 results.append(strategy(template, parts.values(k), chunk))
         return parts.join(results, torch.cat)
 
     return run
+
+
+def first_members(
+    size: int, template: Template, values: Sequence[Any], call: Call
+) -> tuple[list[Any], Call]:
+    """The values and the call of the first ``size`` members alone."""
+    parts = Parts(template, values, call, lambda tensor: torch.split(tensor, size))
+    return parts.values(0), _chunk(parts, 0, call, size)
+
+
+def _chunk(parts: Parts, k: int, call: Call, n: int) -> Call:
+    args, kwargs = parts.inputs(k, mark=per_member)
+    return call._replace(args=args, kwargs=kwargs, n=n)
 
 
 def _add_place(error: Exception, template: Template, when: str) -> None:

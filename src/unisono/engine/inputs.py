@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from torch import Tensor
 
 from unisono.engine.tree import leaves, tree_map
 
 T = TypeVar("T")
+
+# Objects may hold sizes and names beside their tensors; in dicts and lists they are a mistake.
+_ATTRIBUTE: Final = re.compile(r"\.\w+$")
 
 
 class PerMember(Generic[T]):
@@ -32,7 +36,8 @@ def per_member(tree: T) -> PerMember[T]:
     shared, that is seen whole by every member.
 
     Args:
-        tree: A tensor, or nested dicts, lists, tuples or dataclasses of tensors and None.
+        tree: A tensor, or nested containers of tensors and None: dicts, lists, tuples,
+            dataclasses, distributions, objects with tensors in their attributes.
 
     Returns:
         The marked tree, to be passed to an `Ensemble`.
@@ -62,10 +67,19 @@ def map_inputs(
             return fn(leaf.tree)
         return tree_map(lambda t: fn(t) if isinstance(t, Tensor) else t, leaf.tree)
 
-    return (
-        tuple([tree_map(unmark, arg) for arg in args]),
-        {name: tree_map(unmark, arg) for name, arg in kwargs.items()},
-    )
+    def taken(arg: Any) -> Any:
+        if type(arg) is Tensor:  # by far the most frequent, with a mark or without
+            return arg
+        return unmark(arg) if type(arg) is PerMember else tree_map(unmark, arg)
+
+    return tuple([taken(arg) for arg in args]), {name: taken(arg) for name, arg in kwargs.items()}
+
+
+def tensors_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """All tensors in the arguments, marked or not."""
+    given = [leaf for _, leaf in leaves([args, dict(kwargs)])]
+    trees = [leaf.tree if isinstance(leaf, PerMember) else leaf for leaf in given]
+    return [leaf for _, leaf in leaves(trees) if isinstance(leaf, Tensor)]
 
 
 def check_inputs(call: str, n: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -82,13 +96,18 @@ def check_inputs(call: str, n: int, args: tuple[Any, ...], kwargs: Mapping[str, 
     """
     if not kwargs and all(_is_plain(arg, n) for arg in args):
         return
-    problems = [
-        f"{path}{sub} {problem}"
+    marked = [
+        (path, sub, part)
         for path, leaf in [*leaves(args, "args"), *leaves(dict(kwargs), "kwargs")]
         if isinstance(leaf, PerMember)
         for sub, part in leaves(leaf.tree)
-        if (problem := _problem(part, n)) is not None
     ]
+    problems = []
+    for path, sub, part in marked:
+        problem = _problem(part, n)
+        is_tensor = isinstance(part, Tensor | PerMember)
+        if problem is not None and (is_tensor or not _ATTRIBUTE.search(sub)):
+            problems.append(f"{path}{sub} {problem}")
     if problems:
         facts = "\n".join(f"  {problem}" for problem in problems)
         raise ValueError(

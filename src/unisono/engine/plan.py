@@ -1,145 +1,159 @@
-"""Which strategy runs a call, what it leaves behind, and what is put back when one fails."""
+"""What was decided for one call signature, and how it is shown."""
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Final, Literal
-
-import torch
-
-from unisono.engine import rng
-from unisono.engine.attention import NativeAttentionOff
-from unisono.engine.call import Strategy, fused, in_chunks, loop, vmap
-from unisono.engine.parts import Call, Result
-from unisono.engine.pool import Pool
-from unisono.engine.store import store
-from unisono.engine.template import Template
-from unisono.engine.where import caller_level, locate
-from unisono.errors import EnsembleWarning
+from dataclasses import asdict, dataclass, field
+from html import escape
+from typing import Any, Final, Literal, NamedTuple
 
 StrategyName = Literal["auto", "fused", "vmap", "loop"]
-STRATEGIES: Final[Mapping[str, Strategy]] = {"fused": fused, "vmap": vmap, "loop": loop}
+RunName = Literal["fused", "vmap", "loop"]
+MemoryFormat = Literal["contiguous", "channels_last", "transposed"]
+How = Literal["rule", "torch", "member"]
+
+_WAYS: Final[Mapping[How, str]] = {
+    "rule": "rule of unisono",
+    "torch": "rule of torch",
+    "member": "member by member",
+}
 
 
-class Planner:
-    """Runs the calls of one ensemble and remembers which strategy works for which.
+class Candidate(NamedTuple):
+    """One way to run a call."""
 
-    ``auto`` is ``fused``, and ``loop`` for what can't run for all members at once.
+    strategy: RunName
+    chunk_size: int | None = None
+    memory_format: MemoryFormat = "contiguous"
+
+    def name(self, stored: MemoryFormat) -> str:
+        """As it is shown beside others: ``fused, 5 at a time, channels_last``.
+
+        Args:
+            stored: The format in which parameters are stored, which goes without saying.
+        """
+        parts: list[str] = [self.strategy]
+        if self.chunk_size is not None:
+            parts.append(f"{self.chunk_size} at a time")
+        if self.memory_format != stored:
+            parts.append(self.memory_format)
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class OpRecord:
+    """One op of the forward, and how it ran for all members.
 
     Args:
-        pool: The templates of the ensemble.
+        path: Dotted path of the innermost module that ran it; empty for the member itself.
+        op: Name of the op.
+        how: ``"rule"`` of unisono, batching rule of ``"torch"``, or ``"member"`` by member.
+        rule: The function of unisono that ran it, empty where none did.
+        share: Share of the time of the forward, between 0 and 1.
     """
 
-    def __init__(self, pool: Pool) -> None:
-        self.pool = pool
-        self._fuses: set[tuple[object, bool]] = set()
-        self._needs_loop: set[tuple[object, bool]] = set()
-        self._runs_in_eval: set[str] = set()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """All but the choices: they are keyed by code objects, which can't be pickled."""
-        return {**vars(self), "_fuses": set(), "_needs_loop": set()}
-
-    def run(self, call: Call, strategy: StrategyName, chunk_size: int | None) -> Any:
-        """The outputs of ``call`` for all members; what ``forward`` assigned is stored."""
-        if strategy in ("auto", "fused") and torch.compiler.is_compiling():
-            strategy = "vmap"  # Dynamo can't trace our driver, but knows torch.vmap
-        template = self.pool.take()
-        try:
-            values = template.values()
-            if strategy == "auto":
-                result = self._run_auto(template, values, call, chunk_size)
-            else:
-                result = self._run_one(strategy, template, values, call, chunk_size)
-            if result.assigned:
-                store(self.pool, template, result.assigned, call.n)
-        finally:
-            self.pool.give_back(template)
-        return result.outputs
-
-    def _run_auto(
-        self, template: Template, values: Sequence[Any], call: Call, chunk_size: int | None
-    ) -> Result:
-        signature = (_kind_of(call.fn), template.is_training)
-        if signature in self._needs_loop:
-            return self._run_one("loop", template, values, call, chunk_size)
-        is_new = signature not in self._fuses
-        state = rng.get_state(rng.devices_of(values)) if is_new else None
-        try:
-            result = self._run_one("fused", template, values, call, chunk_size)
-        except Exception as error:
-            reason = error
-        else:
-            if is_new:
-                self._fuses.add(signature)
-            return result
-        if state is not None:
-            rng.set_state(state)
-        # If the members fail one by one, too, it is their own error that the user has to see.
-        result = self._run_one("loop", template, values, call, chunk_size)
-        self._needs_loop.add(signature)
-        warnings.warn(
-            _fallback_text(template, call, reason), EnsembleWarning, stacklevel=caller_level()
-        )
-        return result
-
-    def _run_one(
-        self,
-        name: Literal["fused", "vmap", "loop"],
-        template: Template,
-        values: Sequence[Any],
-        call: Call,
-        chunk_size: int | None,
-    ) -> Result:
-        """Run one strategy; if it fails, the buffers are put back."""
-        strategy = STRATEGIES[name]
-        if chunk_size is not None and chunk_size < call.n and name != "loop":
-            strategy = in_chunks(strategy, chunk_size)
-        # In eval mode hardly any model writes its buffers: once it has run it is trusted.
-        is_known = not template.is_training and name in self._runs_in_eval
-        native: AbstractContextManager[None] = nullcontext()
-        if template.has_attention and name != "loop" and torch.is_grad_enabled():
-            native = NativeAttentionOff()
-        before = [] if is_known else _copies_of_buffers(template, values)
-        try:
-            with native:
-                result = strategy(template, values, call)
-        except BaseException:
-            with torch.no_grad():
-                for buffer, copy in before:
-                    buffer.copy_(copy)
-            raise
-        if not template.is_training:
-            self._runs_in_eval.add(name)
-        return result
+    path: str
+    op: str
+    how: How
+    rule: str
+    share: float
 
 
-def _kind_of(fn: Any) -> object:
-    """What stays the same where a caller makes the same function anew for each call."""
-    while isinstance(fn, functools.partial):
-        fn = fn.func
-    return getattr(fn, "__code__", type(fn))
+@dataclass(frozen=True)
+class Plan:
+    """The way that was chosen for calls of one signature, and what was measured.
+
+    Args:
+        strategy: ``"fused"``, ``"vmap"`` or ``"loop"``.
+        chunk_size: How many members run at once; None for all.
+        reason: Why this way.
+        candidates: Seconds of each way that was measured, fastest first; empty if none was.
+        memory_format: How parameters are stored: ``"contiguous"``, convolutions in
+            ``"channels_last"``, or the weights of linear layers ``"transposed"``.
+        op_by_op: Whether some op can't run for all members at once and goes one by one.
+        ops: The ops of the forward in order; filled by `Ensemble.explain` only.
+    """
+
+    strategy: RunName
+    chunk_size: int | None
+    reason: str
+    candidates: Mapping[str, float] = field(default_factory=dict)
+    memory_format: MemoryFormat = "contiguous"
+    op_by_op: bool = False
+    ops: tuple[OpRecord, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The way in words."""
+        way = Candidate(self.strategy, self.chunk_size, self.memory_format).name("contiguous")
+        return f"{way}, some ops one by one" if self.op_by_op else way
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain dicts, lists, strings and numbers, as JSON takes them."""
+        fields = asdict(self)
+        fields["candidates"] = dict(self.candidates)
+        fields["ops"] = [asdict(op) for op in self.ops]
+        return fields
+
+    def __str__(self) -> str:
+        lines = [f"Plan: {self.title}", f"  {self.reason}"]
+        if self.candidates:
+            rows = [(name, seconds(time)) for name, time in self.candidates.items()]
+            lines += ["", *_table(("candidate", "time"), rows, right=1)]
+        if self.ops:
+            lines += ["", *_table(_OPS, _op_rows(self.ops), right=3)]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """The same for a notebook."""
+        parts = [f"<p><b>Plan: {escape(self.title)}</b><br>{escape(self.reason)}</p>"]
+        if self.candidates:
+            rows = [(name, seconds(time)) for name, time in self.candidates.items()]
+            parts.append(_html_table(("candidate", "time"), rows))
+        if self.ops:
+            parts.append(_html_table(_OPS, _op_rows(self.ops)))
+        return "".join(parts)
 
 
-def _copies_of_buffers(
-    template: Template, values: Sequence[Any]
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+_OPS: Final = ("module", "op", "how", "share")
+
+
+def _op_rows(ops: Sequence[OpRecord]) -> list[tuple[str, ...]]:
     return [
-        (value, value.clone())
-        for slot, value in zip(template.slots, values, strict=True)
-        if slot.kind == "buffer" and isinstance(value, torch.Tensor)
+        (
+            op.path or "(member)",
+            op.op,
+            f"{_WAYS[op.how]}: {op.rule}" if op.rule else _WAYS[op.how],
+            f"{op.share:.1%}",
+        )
+        for op in ops
     ]
 
 
-def _fallback_text(template: Template, call: Call, reason: Exception) -> str:
-    where = locate(reason, template.module)
-    return (
-        f"Ensemble of {call.n} {type(template.module).__name__}: {where} can't run for all"
-        f' members at once, so this call runs member by member from now on (strategy "loop").'
-        f"\n  reason: {type(reason).__name__}: {str(reason).splitlines()[0] if str(reason) else ''}"
-        f'\n  remedy: rewrite {where} with batched operations; strategy="loop" says that the'
-        f' loop is fine, strategy="fused" makes this an error'
+def seconds(time: float) -> str:
+    """A duration with its unit, three digits."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if time >= size:
+            return f"{time / size:.3g} {unit}"
+    return f"{time * 1e6:.3g} us"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: int) -> list[str]:
+    """Lines with columns aligned; column ``right`` to the right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = []
+    for row in (head, ["-" * width for width in widths], *rows):
+        cells = [
+            cell.rjust(width) if k == right else cell.ljust(width)
+            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append(("  " + "  ".join(cells)).rstrip())
+    return lines
+
+
+def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
+    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from unisono.engine.attention import has_attention
 from unisono.engine.axis import buffers_of, children_of, parameters_of
+from unisono.engine.leaf import shorten
 from unisono.engine.tree import leaves
 from unisono.engine.watch import Kind, State, Watch, Write, check_write
 from unisono.errors import UnsupportedModelError
@@ -64,13 +65,18 @@ class Template:
             home[key] = None
             name = _join(path, key)
             self.slots.append(Slot(home, key, None, kept, key, name, "attribute", True))
+        self.holds_stacked_tensors = all(
+            slot.stacked and slot.kind != "attribute" for slot in self.slots
+        )
+        self.has_buffers = any(slot.kind == "buffer" for slot in self.slots)
         self._modes = [(m.__dict__, trees[path].__dict__) for path, m in modules.items()]
+        shorten(module)
         self._watch = Watch(modules, attributes)
 
     @property
     def is_training(self) -> bool:
         """Whether any of the member's modules is in train mode."""
-        return any(members["training"] for _, members in self._modes)
+        return True in [members["training"] for _, members in self._modes]
 
     def values(self) -> list[Any]:
         """The ensemble's tensors (or trees of them), one for each slot."""

@@ -21,10 +21,10 @@ from unisono.errors import UnsupportedModelError
 
 Kind = Literal["attribute", "parameter", "buffer", "submodule"]
 
-_ABSENT: Final = object()
+ABSENT: Final = object()
 _MUTABLE: Final = (list, dict, set, deque)
 # What nn.Module keeps for itself; no forward assigns it.
-_BOOKKEEPING: Final = frozenset(nn.Module().__dict__) - {"training"}
+BOOKKEEPING: Final = frozenset(nn.Module().__dict__) - {"training"}
 
 
 class Write(NamedTuple):
@@ -76,7 +76,7 @@ class Watch:
         self._readers: list[tuple[dict[str, Any], Any, bool]] = []
         self._containers: list[tuple[dict[str, Any], str]] = []
         for path, _, d in self._dicts:
-            keys = tuple(key for key in d if key not in _BOOKKEEPING)
+            keys = tuple(key for key in d if key not in BOOKKEEPING)
             self._keys.append(keys)
             if keys:
                 self._readers.append((d, itemgetter(*keys), len(keys) == 1))
@@ -105,25 +105,25 @@ class Watch:
             return True
         if not all(map(is_, chain.from_iterable(now), chain.from_iterable(before.values))):
             return True
-        return any(_differ(container, content) for container, content in before.contents)
+        return any(differ(container, content) for container, content in before.contents)
 
     def undo(self, before: State) -> list[Write]:
         """Put the tree back; returns what was assigned."""
         writes = []
         replaced = {}  # container -> what it held at the end
         for container, content in before.contents:
-            if _differ(container, content):
+            if differ(container, content):
                 replaced[id(container)] = copy.copy(container)
                 _refill(container, content)
         values = iter(before.values)
         for (path, kind, d), keys in zip(self._dicts, self._keys, strict=True):
             old = dict(zip(keys, next(values), strict=True)) if keys else {}
             for key in {**old, **d}:
-                value, kept = d.get(key, _ABSENT), old.get(key, _ABSENT)
-                if key in _BOOKKEEPING or (value is kept and id(value) not in replaced):
+                value, kept = d.get(key, ABSENT), old.get(key, ABSENT)
+                if key in BOOKKEEPING or (value is kept and id(value) not in replaced):
                     continue
                 writes.append(Write(path, key, kind, replaced.get(id(value), value)))
-                if kept is _ABSENT:
+                if kept is ABSENT:
                     del d[key]
                 else:
                     d[key] = kept
@@ -135,9 +135,9 @@ class Watch:
 
 def check_write(write: Write) -> None:
     """Refuse assignments that change what the member is made of."""
-    if write.kind in ("parameter", "submodule") or write.value is _ABSENT:
+    if write.kind in ("parameter", "submodule") or write.value is ABSENT:
         name = f"{write.path}.{write.key}" if write.path else write.key
-        done = "deletes" if write.value is _ABSENT else "assigns"
+        done = "deletes" if write.value is ABSENT else "assigns"
         raise UnsupportedModelError(
             f"ens(...): forward {done} the {write.kind} `{name}`; run one member once before"
             f" building the ensemble, so that it is there from the start, or make it a buffer"
@@ -148,7 +148,7 @@ def _items(container: Any) -> Iterable[Any]:
     return chain.from_iterable(container.items()) if isinstance(container, dict) else container
 
 
-def _differ(container: Any, content: Any) -> bool:
+def differ(container: Any, content: Any) -> bool:
     if len(container) != len(content):
         return True
     if isinstance(container, set):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unisono.engine.axis import Operand
+from unisono.engine.axis import Operand, draws_independently
 from unisono.engine.rules.layout import for_each_member, members_first
 
 
@@ -24,10 +24,11 @@ def attention(
     """``y[i] = softmax(query[i] @ key[i].T * scale + mask[i]) @ value[i]``; (N, *, L, E).
 
     On a CPU torch's own rule runs the members one after another. Folded into the batch they run
-    in one call of the fused kernel. With dropout torch's rule is left to draw for each member.
+    in one call of the fused kernel, and dropout draws for each. Only where every member has to
+    draw the same numbers, or none at all, they run one by one.
     """
     inputs = [operand for operand in (query, key, value, mask) if operand is not None]
-    if dropout_p > 0.0 or all(dim is None for _, dim in inputs):
+    if all(dim is None for _, dim in inputs) or (dropout_p > 0.0 and not draws_independently()):
         return None
     q, k, v = (for_each_member(operand, n) for operand in (query, key, value))  # (N, *, L, E)
     if not q.dim() == k.dim() == v.dim():
@@ -37,7 +38,7 @@ def attention(
     q, k, v = (_fold_batch(tensor, n, batch) for tensor in (q, k, v))  # (N * B, H, L, E)
     folded_mask = None if mask is None else _fold_mask(mask, n, batch)
     y = F.scaled_dot_product_attention(
-        q, k, v, folded_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
+        q, k, v, folded_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
     heads = y.shape[1:] if query[0].dim() - (query[1] is not None) > 2 else y.shape[2:]
     return y.reshape(n, *batch, *heads), 0

@@ -46,8 +46,8 @@ def conv(
             return convolve(x[0], weight[0], shared_bias, *options, groups), None
         y = convolve(folded(x, 0, n), weight[0], shared_bias, *options, groups)
         return unfolded(y, 0, n), 0
-    if groups == 1 and None not in (x[1], weight[1]) and _is_large(n, x[0], weight[0], stride):
-        return _one_by_one(convolve, n, x, weight, bias, options)
+    if groups == 1 and None not in (x[1], weight[1]) and is_large(n, x[0], weight[0], stride):
+        return one_by_one(convolve, n, x, weight, bias, options)
     w = folded(weight, 0, n)  # (N * O, C / groups, *)
     b = None if bias is None else folded(bias, 0, n)
     if x[1] is None and groups == 1:
@@ -57,7 +57,7 @@ def conv(
     return unfolded(y, 1, n), 1
 
 
-def _is_large(n: int, x: Tensor, weight: Tensor, stride: Sequence[int]) -> bool:
+def is_large(n: int, x: Tensor, weight: Tensor, stride: Sequence[int] = ()) -> bool:
     """Whether on a CPU the convolutions are faster one by one than as groups of one.
 
     Measured on 2 AVX-512 cores: as groups up to twice as fast at 7 million operations per member,
@@ -70,7 +70,7 @@ def _is_large(n: int, x: Tensor, weight: Tensor, stride: Sequence[int]) -> bool:
     return 2 * weight.numel() / n * positions / n > _LARGE
 
 
-def _one_by_one(
+def one_by_one(
     convolve: Callable[..., Tensor],
     n: int,
     x: Operand,

@@ -19,6 +19,12 @@ def for_each_member(operand: Operand, n: int) -> Tensor:
     return value.expand(n, *value.shape) if operand[1] is None else value
 
 
+def batch_lies_outside(x: Operand) -> bool:
+    """Whether in memory the batch lies around the members: (B, N, *), as after a convolution."""
+    value = members_first(x)
+    return value.dim() > 1 and value.stride(0) < value.stride(1)
+
+
 def folded(operand: Operand, dim: int, n: int) -> Tensor:
     """The tensor with its N members folded into axis ``dim``, members outermost.
 

@@ -1,0 +1,1 @@
+"""What unisono is measured on and checked on, outside the tests: ``predict.py`` and ``zoo/``."""

@@ -1,0 +1,74 @@
+"""The MLPs in JAX: ``jit(vmap(...))`` over stacked weights, on JAX's own threads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.cases import Scenario
+from benchmarks.contenders import Contender, NotApplicableError
+
+
+def jax_mlp(scenario: Scenario, models: Any, minibatches: Any) -> Contender:
+    """Forward, or the gradients of the same loss.
+
+    Raises:
+        NotApplicableError: If JAX isn't installed or the network isn't an MLP.
+    """
+    if not scenario.case.sizes:
+        raise NotApplicableError("written for the MLPs only")
+    try:
+        import jax
+    except ImportError as error:
+        raise NotApplicableError("not installed") from error
+    names = [name for name, m in models[0].named_modules() if isinstance(m, nn.Linear)]
+    weights = {
+        f"{name}.{kind}": _stack(models, name, kind)
+        for name in names
+        for kind in ("weight", "bias")
+    }
+    axis = None if scenario.shared else 0
+    rows = [args[0].flatten(1).numpy() for args in minibatches]
+    x = jax.numpy.asarray(rows[0] if scenario.shared else np.stack(rows))
+
+    def forward(own: Mapping[str, Any], h: Any) -> Any:
+        for name in names:
+            h = h @ own[f"{name}.weight"].T + own[f"{name}.bias"]
+            h = jax.nn.relu(h) if name != names[-1] else h
+        return h
+
+    mapped = jax.vmap(forward, (0, axis))
+    if not scenario.backward:
+        call = jax.jit(mapped)
+        return Contender(lambda: call(weights, x).block_until_ready(), _to_torch)
+
+    def loss(every: Mapping[str, Any]) -> Any:
+        outputs = mapped(every, x)
+        return (outputs**2).mean(axis=(1, 2)).sum(), outputs
+
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    last: dict[str, Any] = {}
+
+    def run() -> Any:
+        (_, outputs), last["gradients"] = jax.block_until_ready(step(weights))
+        return outputs
+
+    def gradients() -> dict[str, Tensor]:
+        return {name: _to_torch(g) for name, g in last["gradients"].items()}
+
+    return Contender(run, _to_torch, gradients)
+
+
+def _stack(models: list[nn.Module], name: str, kind: str) -> Any:
+    import jax
+
+    tensors = [getattr(model.get_submodule(name), kind).detach().numpy() for model in models]
+    return jax.numpy.asarray(np.stack(tensors))
+
+
+def _to_torch(array: Any) -> Tensor:
+    return torch.from_numpy(np.array(array))

@@ -1,0 +1,145 @@
+"""Make a plan: time the ways in which a call can run, on that very call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from unisono.engine.axis import is_observed
+from unisono.engine.contest import contest
+from unisono.engine.inputs import tensors_in
+from unisono.engine.parts import Call
+from unisono.engine.plan import Candidate, MemoryFormat, Plan
+from unisono.engine.rehearsal import Rehearsal
+from unisono.engine.running import run
+from unisono.engine.storage import current_format, formats_of, is_free
+from unisono.engine.template import Template
+from unisono.engine.tree import leaves
+
+# Ways whose times differ by no more than this factor count as equally fast.
+_TIE = 1.03
+
+
+def why_not_measured(template: Template, call: Call) -> str:
+    """Why nothing may be timed on this call; empty if it may."""
+    if torch.are_deterministic_algorithms_enabled():
+        return "deterministic algorithms are asked for, and timing is not deterministic"
+    if is_observed():
+        return "the call runs inside a transform or under hooks that see every op"
+    values = [leaf for _, leaf in leaves(template.values()) if isinstance(leaf, Tensor)]
+    tensors = [*values, *tensors_in(call.args, call.kwargs)]
+    if any(type(t) not in (Tensor, nn.Parameter) or t.device.type == "meta" for t in tensors):
+        return "the tensors are of a kind that can't be timed (fake, distributed, meta)"
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph is being captured"
+    return ""
+
+
+def measure(
+    template: Template, call: Call, chunk_size: int | None, *, op_by_op: bool = False
+) -> Plan:
+    """Time the candidates and choose.
+
+    Args:
+        template: Runs them.
+        call: The call.
+        chunk_size: How many members may run at once; None for all.
+        op_by_op: Whether some op can't run for all members at once.
+
+    Raises:
+        Exception: What ``fused`` raises, if it can't run this call.
+    """
+    rehearsal = Rehearsal(template, call)
+    stored = current_format(template)
+    candidates = {
+        way.name(stored): way for way in _candidates(template, call.n, chunk_size, stored)
+    }
+    first: dict[str, float] = {}
+
+    def seconds(name: str) -> float:
+        way = candidates[name]
+        strategy = partial(run, _plan(way, "", op_by_op=op_by_op))
+        return rehearsal.seconds(strategy, way.memory_format)
+
+    for name, way in candidates.items():
+        try:
+            first[name] = seconds(name)
+        except Exception:
+            if way.strategy == "fused" and way.memory_format == stored:
+                raise
+            # A way that can't run this call is none; another one will do.
+    times = contest(first, seconds)
+    best = _choose(template, candidates, times, stored)
+    plan = _plan(best, _reason(best, times, stored), op_by_op=op_by_op)
+    return replace(plan, candidates=times)
+
+
+def _plan(way: Candidate, reason: str, *, op_by_op: bool) -> Plan:
+    return Plan(
+        way.strategy,
+        way.chunk_size,
+        reason,
+        memory_format=way.memory_format,
+        op_by_op=op_by_op and way.strategy == "fused",
+    )
+
+
+def _candidates(
+    template: Template, n: int, chunk_size: int | None, stored: MemoryFormat
+) -> list[Candidate]:
+    """The ways worth timing, the one to fall back on first."""
+    formats = [stored]
+    if stored == "contiguous":
+        formats = list(formats_of(template))
+    ways = [Candidate("fused", chunk_size, stored), Candidate("loop", None, stored)]
+    if not _is_wrong_under_vmap(template):
+        ways.append(Candidate("vmap", chunk_size, stored))
+    for memory_format in formats[1:]:
+        ways.append(Candidate("fused", chunk_size, memory_format))
+        if memory_format == "channels_last":
+            ways.append(Candidate("loop", None, memory_format))
+    if chunk_size is None and n >= 4:
+        ways.append(Candidate("fused", -(-n // 2), formats[-1]))
+    return ways
+
+
+def _is_wrong_under_vmap(template: Template) -> bool:
+    """Whether torch's own batching rules would give this member a wrong gradient.
+
+    With indices per member they forget the ``padding_idx`` of an embedding in backward.
+    """
+    modules = template.module.modules()
+    return any(isinstance(m, nn.Embedding) and m.padding_idx is not None for m in modules)
+
+
+def _choose(
+    template: Template,
+    candidates: Mapping[str, Candidate],
+    times: Mapping[str, float],
+    stored: MemoryFormat,
+) -> Candidate:
+    """The fastest; all members at once, and parameters as they are stored, where it's a tie."""
+    ranked = [candidates[name] for name in times]
+    first = candidates[next(iter(candidates))]
+    here = next(way for way in ranked if way.memory_format == stored)
+    if times[first.name(stored)] <= _TIE * times[here.name(stored)]:
+        here = first
+    best = ranked[0]
+    if best.memory_format == stored or times[here.name(stored)] <= _TIE * times[best.name(stored)]:
+        return here
+    return best if is_free(template, best.memory_format) else here
+
+
+def _reason(best: Candidate, times: Mapping[str, float], stored: MemoryFormat) -> str:
+    chosen = best.name(stored)
+    others = [
+        f"{times[name] / times[chosen]:.2f}x as fast as {name}"
+        for name in ("loop", "vmap")
+        if name in times and name != chosen
+    ]
+    text = "the fastest when the first call of this kind was timed"
+    return f"{text}: {', '.join(others)}" if others else text

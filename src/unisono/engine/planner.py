@@ -1,0 +1,308 @@
+"""Which way a call runs: look up or make its plan, and what to do when a way fails."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from unisono.engine import rng
+from unisono.engine.axis import is_end_of_recomputation
+from unisono.engine.chunking import chunk_within, sizes_of
+from unisono.engine.detour import Detour
+from unisono.engine.explain import ops_of
+from unisono.engine.measuring import measure, why_not_measured
+from unisono.engine.parts import Call, Result
+from unisono.engine.plan import Plan, RunName, StrategyName
+from unisono.engine.pool import Pool
+from unisono.engine.remedies import detour_text, fallback_text
+from unisono.engine.remembered import recall, remember
+from unisono.engine.running import run, run_or_restore
+from unisono.engine.signature import (
+    Signature,
+    as_text,
+    fingerprint,
+    kind_of,
+    quick_key,
+    signature_of,
+)
+from unisono.engine.storage import adopt, current_format, demanded_format, is_free
+from unisono.engine.store import store
+from unisono.engine.template import Template
+from unisono.engine.traced import run_traced
+from unisono.engine.where import caller_level, locate
+from unisono.errors import EnsembleWarning, UnsupportedModelError
+
+ChunkSize = int | Literal["auto"] | None
+_MOST_RECENT = 256
+
+
+class Options(NamedTuple):
+    """How the ensemble was asked to run its calls."""
+
+    strategy: StrategyName
+    chunk_size: ChunkSize
+    memory_limit: int | None
+
+
+class Choice(NamedTuple):
+    """The plan for a call, and what calls like it are remembered by."""
+
+    signature: Signature
+    plan: Plan
+    is_new: bool = False
+    failure: Exception | None = None  # why some op can't run for all members at once
+
+    @property
+    def forbids_loop(self) -> bool:
+        """Whether ``strategy="fused"`` was asked for, which raises rather than loops."""
+        return isinstance(self.signature[0], Options)
+
+
+class Planner:
+    """Runs the calls of one ensemble, and remembers how those of each kind run best.
+
+    Args:
+        pool: The templates of the ensemble.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self._start()
+
+    def _start(self) -> None:
+        self._plans: dict[Signature, Plan] = {}
+        self._recent: dict[Hashable, Choice] = {}
+        self._chunks: dict[Hashable, int | None] = {}
+        self._runs_in_eval: set[tuple[str, bool]] = set()
+        self._fingerprint = ""
+        self._planning = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The pool alone: plans are kept by code objects, which can't be pickled."""
+        return {"pool": self.pool}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.pool = state["pool"]
+        self._start()
+
+    def run(self, call: Call, options: Options) -> Any:
+        """The outputs of ``call`` for all members; what ``forward`` assigned is stored."""
+        if torch.compiler.is_compiling():
+            chunk_size = None if options.chunk_size == "auto" else options.chunk_size
+            return run_traced(self.pool, call, options.strategy, chunk_size)
+        template = self.pool.take()
+        try:
+            values = template.values()
+            choice = self._choice(template, values, call, options)
+            result = self._run_or_fall_back(choice, template, values, call)
+            if result.assigned:
+                store(self.pool, template, result.assigned, call.n)
+        finally:
+            self.pool.give_back(template)
+        return result.outputs
+
+    def explain(self, call: Call, options: Options) -> Plan:
+        """The plan for calls like this one, made now if there is none, with the ops that run."""
+        template = self.pool.take()
+        try:
+            choice = self._choice(template, template.values(), call, options)
+            plan: Plan | None = choice.plan
+            while plan is not None:
+                plan = replace(plan, memory_format=current_format(template))
+                try:
+                    return replace(plan, ops=ops_of(plan, template, call))
+                except Exception as error:
+                    plan = _instead(plan, choice, error, template)
+                    if plan is None:
+                        raise
+            raise AssertionError("unreachable: a plan without successor raises")
+        finally:
+            self.pool.give_back(template)
+
+    def _run_or_fall_back(
+        self, choice: Choice, template: Template, values: Sequence[Any], call: Call
+    ) -> Result:
+        state = rng.get_state(rng.devices_of(values)) if choice.is_new else None
+        detours: list[Detour] = []
+        try:
+            result = self._run_one(choice.plan, template, values, call, detours)
+        except Exception as error:
+            if is_end_of_recomputation(error):
+                raise
+            failure = error
+        else:
+            if choice.is_new:
+                self._replace(choice.signature, choice.plan)
+                if choice.plan.op_by_op and choice.failure is not None:
+                    _warn(detour_text(template, call, detours, choice.failure))
+            return result
+        # Not inside the except block: an error of the loop is no consequence of this one.
+        return self._fall_back(choice, template, values, call, failure, state)
+
+    def _choice(
+        self, template: Template, values: Sequence[Any], call: Call, options: Options
+    ) -> Choice:
+        """The plan of a call, looked up or made."""
+        chunk_size = options.chunk_size
+        if chunk_size == "auto":
+            chunk_size = self._chunk(template, call, options)
+        if options.strategy != "auto":
+            signature: Signature = (options, chunk_size, kind_of(call.fn), template.is_training)
+            plan = self._plans.get(signature)
+            if plan is not None:
+                return Choice(signature, plan)
+            reason = f'strategy="{options.strategy}" was asked for'
+            return Choice(signature, Plan(options.strategy, chunk_size, reason), is_new=True)
+        home = next((value for value in values if isinstance(value, Tensor)), _NOWHERE)
+        quick = quick_key(call, template.is_training, home, chunk_size)
+        known = self._recent.get(quick)
+        if known is not None:
+            return known
+        signature = (*signature_of(call, template.is_training, home), chunk_size)
+        plan = self._plans.get(signature)
+        if plan is None:
+            return self._make_plan(signature, template, call, chunk_size)
+        if quick is not None:
+            if len(self._recent) >= _MOST_RECENT:
+                self._recent.clear()
+            self._recent[quick] = Choice(signature, plan)
+        return Choice(signature, plan)
+
+    def _make_plan(
+        self, signature: Signature, template: Template, call: Call, chunk_size: int | None
+    ) -> Choice:
+        with self._planning:
+            plan = self._plans.get(signature)
+            if plan is not None:  # another thread was faster
+                return Choice(signature, plan)
+            why_not = why_not_measured(template, call)
+            if why_not:
+                by_rule = (*signature, "by rule")  # it may be measured another time
+                plan = self._plans.get(by_rule)
+                if plan is not None:
+                    return Choice(by_rule, plan)
+                reason = f"by rule all members at once: {why_not}"
+                return Choice(by_rule, Plan("fused", chunk_size, reason), is_new=True)
+            if not self._plans:  # later the order of the parameters is settled
+                adopt(template, demanded_format(template))
+            key = self._key(signature, template)
+            plan, failure = recall(key), None
+            if plan is None or plan.op_by_op:
+                plan, failure = _measured(template, call, chunk_size)
+                remember({key: plan} if plan.candidates else {})
+            if is_free(template, plan.memory_format):
+                adopt(template, plan.memory_format)
+            return Choice(signature, plan, is_new=True, failure=failure)
+
+    def _fall_back(
+        self,
+        choice: Choice,
+        template: Template,
+        values: Sequence[Any],
+        call: Call,
+        error: Exception,
+        state: rng.RandomState | None,
+    ) -> Result:
+        """Run one by one what can't run for all members at once, and say so once."""
+        first = error
+        plan = _instead(choice.plan, choice, error, template)
+        while plan is not None:
+            detours: list[Detour] = []
+            if state is not None:
+                rng.set_state(state)
+            try:
+                result = self._run_one(plan, template, values, call, detours)
+            except Exception as next_error:
+                if plan.strategy == "loop":  # it is the members' own error, not one of fusing
+                    raise
+                error = next_error
+                plan = _instead(plan, choice, error, template)
+            else:
+                self._replace(choice.signature, plan)
+                by_loop = plan.strategy == "loop"
+                _warn(
+                    fallback_text(template, call, error)
+                    if by_loop
+                    else detour_text(template, call, detours, first)
+                )
+                return result
+        raise first
+
+    def _replace(self, signature: Signature, plan: Plan) -> None:
+        self._plans[signature] = plan
+        self._recent.clear()
+
+    def _chunk(self, template: Template, call: Call, options: Options) -> int | None:
+        key = (options, template.is_training, torch.is_grad_enabled(), sizes_of(call))
+        if key not in self._chunks:
+            name: RunName = "fused" if options.strategy == "auto" else options.strategy
+            limit = options.memory_limit
+            self._chunks[key] = chunk_within(limit, name, template, call)
+        return self._chunks[key]
+
+    def _key(self, signature: Signature, template: Template) -> str:
+        if not self._fingerprint:
+            self._fingerprint = fingerprint(template)
+        return f"{self._fingerprint}|{as_text(signature)}"
+
+    def _run_one(
+        self,
+        plan: Plan,
+        template: Template,
+        values: Sequence[Any],
+        call: Call,
+        detours: list[Detour] | None = None,
+    ) -> Result:
+        """Run one way; if it fails, the buffers are put back."""
+        if template.is_training:
+            return run_or_restore(plan, template, values, call, detours)
+        # In eval mode hardly any model writes its buffers: once it has run it is trusted.
+        way = (plan.strategy, plan.op_by_op)
+        if way in self._runs_in_eval:
+            return run(plan, template, values, call, detours)
+        result = run_or_restore(plan, template, values, call, detours)
+        self._runs_in_eval.add(way)
+        return result
+
+
+_NOWHERE = torch.empty(0)
+
+
+def _instead(plan: Plan, choice: Choice, error: Exception, template: Template) -> Plan | None:
+    """The way to try when one has failed: op by op, then the loop unless it is forbidden."""
+    if plan.strategy != "fused" or isinstance(error, UnsupportedModelError):
+        return None
+    where = locate(error, template.module)
+    text = str(error).partition("\n")[0]
+    reason = f"{where} can't run for all members at once: {type(error).__name__}: {text}"
+    if not plan.op_by_op:
+        return replace(plan, op_by_op=True, reason=reason, candidates={})
+    if choice.forbids_loop:
+        return None
+    return Plan("loop", None, reason)
+
+
+def _measured(
+    template: Template, call: Call, chunk_size: int | None
+) -> tuple[Plan, Exception | None]:
+    """A plan, and why it is op by op if it is; the call itself will show what else is wrong."""
+    failure: Exception | None = None
+    for op_by_op in (False, True):
+        try:
+            return measure(template, call, chunk_size, op_by_op=op_by_op), failure
+        except UnsupportedModelError as error:
+            failure = error
+            break
+        except Exception as error:
+            failure = failure or error
+    return Plan("fused", chunk_size, "it could not be timed"), failure
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, EnsembleWarning, stacklevel=caller_level())

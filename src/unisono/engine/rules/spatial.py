@@ -1,0 +1,99 @@
+"""Pooling, upsampling, padding and joining, in the layout in which the input comes.
+
+These ops treat batch and channels alike, so members go where they lie: after a convolution among
+the channels, else in front of the batch. Torch's own rules move them to the batch, and the next
+convolution moves them back.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+
+from unisono.engine.axis import Operand, Rule
+from unisono.engine.rules.layout import batch_lies_outside, folded, members_first, unfolded
+
+POOLING: Final = tuple(
+    f"{kind}_pool{d}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for d in (1, 2, 3)
+)
+UPSAMPLING: Final = tuple(
+    f"{kind}.vec"
+    for kind in (
+        *(f"upsample_nearest{d}d" for d in (1, 2, 3)),
+        *(f"_upsample_nearest_exact{d}d" for d in (1, 2, 3)),
+        "upsample_linear1d",
+        "upsample_bilinear2d",
+        "upsample_bicubic2d",
+        "upsample_trilinear3d",
+        "_upsample_bilinear2d_aa",
+        "_upsample_bicubic2d_aa",
+    )
+)
+
+
+def spatial(op: str) -> Rule:
+    """The rule of one op on the last axes, ``y[i] = op(x[i])``; (N, B, C, *) -> (N, B, C, *)."""
+    name, _, overload = op.partition(".")
+    run = getattr(getattr(torch.ops.aten, name), overload or "default")
+    match = re.search(r"(\d)d", name)
+    assert match is not None
+    dims = int(match[1])  # max_pool2d
+
+    def rule(n: int, x: Operand, *options: Any) -> Operand | list[Operand | None] | None:
+        return _fold(run, n, x, dims, options)
+
+    rule.__name__ = name
+    return rule
+
+
+def pad(
+    n: int, x: Operand, padding: Sequence[int], mode: str = "constant", value: float | None = None
+) -> Operand | list[Operand | None] | None:
+    """Widen the last axes; constants need no folding, the members stay where they are."""
+    tensor, dim = x
+    run = torch.ops.aten.pad.default
+    dims = len(padding) // 2
+    if mode == "constant":
+        if dim is not None and dim + dims >= tensor.dim():
+            tensor, dim = members_first(x), 0
+        return run(tensor, padding, mode, value), dim
+    return _fold(run, n, x, dims, (padding, mode, value))
+
+
+def cat(n: int, tensors: Sequence[Operand], dim: int = 0) -> Operand | None:
+    """Join tensors along an axis where in memory the batch lies outermost."""
+    stacked = [x for x in tensors if x[1] is not None]
+    ranks = {value.dim() - (axis is not None) for value, axis in tensors}
+    if not stacked or len(ranks) > 1 or not all(batch_lies_outside(x) for x in stacked):
+        return None
+    rank = ranks.pop()
+    if rank < 2:
+        return None
+    values = [
+        value.unsqueeze(1).expand(-1, n, *value.shape[1:])
+        if axis is None
+        else members_first((value, axis)).movedim(0, 1)
+        for value, axis in tensors
+    ]  # (B, N, *)
+    dim = dim % rank
+    return torch.cat(values, dim + (dim > 0)), 1
+
+
+def _fold(
+    run: Any, n: int, x: Operand, dims: int, options: tuple[Any, ...]
+) -> Operand | list[Operand | None] | None:
+    """Run with the members folded into batch or channels; without either, with N as the batch."""
+    value, dim = x
+    folds = dim is not None and value.dim() - 1 == dims + 2
+    where = 1 if folds and batch_lies_outside(x) else 0
+    y = run(folded(x, where, n) if folds else members_first(x), *options)
+
+    def own(part: torch.Tensor) -> Operand:
+        if dim is None:
+            return part, None
+        return (unfolded(part, where, n), where) if folds else (part, 0)
+
+    return own(y) if isinstance(y, torch.Tensor) else [own(part) for part in y]

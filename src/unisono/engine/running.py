@@ -1,0 +1,73 @@
+"""Run a call in one given way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from unisono.engine.attention import NativeAttentionOff
+from unisono.engine.call import Strategy, fused, in_chunks, loop, vmap
+from unisono.engine.detour import Detour
+from unisono.engine.fallback import op_by_op
+from unisono.engine.parts import Call, Result
+from unisono.engine.plan import Plan, RunName
+from unisono.engine.template import Template
+
+STRATEGIES: Final[Mapping[RunName, Strategy]] = {"fused": fused, "vmap": vmap, "loop": loop}
+
+
+def run(
+    plan: Plan,
+    template: Template,
+    values: Sequence[Any],
+    call: Call,
+    detours: list[Detour] | None = None,
+) -> Result:
+    """The result of a call, run as the plan says.
+
+    Args:
+        plan: The way to run.
+        template: As for every strategy.
+        values: As for every strategy.
+        call: As for every strategy.
+        detours: Gets the ops that ran for one member after another, of a plan that is op by op.
+    """
+    if plan.strategy == "loop":
+        return loop(template, values, call)
+    strategy: Strategy = STRATEGIES[plan.strategy]
+    if plan.op_by_op:
+        strategy = partial(op_by_op, detours=detours)
+    if plan.chunk_size is not None and plan.chunk_size < call.n:
+        strategy = in_chunks(strategy, plan.chunk_size)
+    if template.has_attention and torch.is_grad_enabled():
+        with NativeAttentionOff():
+            return strategy(template, values, call)
+    return strategy(template, values, call)
+
+
+def run_or_restore(
+    plan: Plan,
+    template: Template,
+    values: Sequence[Any],
+    call: Call,
+    detours: list[Detour] | None = None,
+) -> Result:
+    """The same; if it fails, also by ctrl-C, the buffers are as before."""
+    if not template.has_buffers:
+        return run(plan, template, values, call, detours)
+    before = [
+        (value, value.clone())
+        for slot, value in zip(template.slots, values, strict=True)
+        if slot.kind == "buffer" and isinstance(value, Tensor)
+    ]
+    try:
+        return run(plan, template, values, call, detours)
+    except BaseException:
+        with torch.no_grad():
+            for buffer, copy in before:
+                buffer.copy_(copy)
+        raise

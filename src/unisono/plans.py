@@ -1,0 +1,155 @@
+"""Keep the plans that ``strategy="auto"`` made, for the next process.
+
+An ensemble times the ways in which a call can run on the first call of each kind, which costs
+at most twelve calls. Saved plans spare that, and make a run repeat the choices of another one::
+
+    unisono.plans.save("plans.json")  # at the end of one process
+    unisono.plans.load("plans.json")  # at the start of the next
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any, Final, get_args
+
+import torch
+
+from unisono.engine.plan import MemoryFormat, Plan, RunName
+from unisono.engine.remembered import everything, forget, remember
+from unisono.errors import CheckpointError, EnsembleWarning
+
+_FORMAT: Final = 1
+
+
+def save(path: str | os.PathLike[str]) -> int:
+    """Write all plans made or loaded in this process to a JSON file.
+
+    The file is replaced as a whole or not at all.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The number of plans.
+
+    Raises:
+        OSError: If the file can't be written; one that was there before is as it was.
+
+    Example:
+        >>> import tempfile, unisono
+        >>> ens = unisono.Ensemble([torch.nn.Linear(3, 2) for _ in range(4)])
+        >>> _ = ens(torch.zeros(8, 3))
+        >>> file = Path(tempfile.mkdtemp()) / "plans.json"
+        >>> unisono.plans.save(file) == unisono.plans.load(file)
+        True
+    """
+    plans = everything()
+    content = {
+        "format": _FORMAT,
+        "machine": _machine(),
+        "plans": {key: _to_json(plan) for key, plan in sorted(plans.items())},
+    }
+    target = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return len(plans)
+
+
+def load(path: str | os.PathLike[str]) -> int:
+    """Take over the plans of a file that `save` wrote.
+
+    Ensembles that have made a plan of their own keep it.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The number of plans; 0, with an `EnsembleWarning`, if they were measured on another
+        machine or with another torch, where another way may be the fastest.
+
+    Raises:
+        OSError: If the file can't be read.
+        CheckpointError: If it isn't one that `save` wrote; nothing is taken over.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if content["format"] != _FORMAT:
+            raise ValueError(f"its format is {content['format']!r}, this version reads {_FORMAT}")
+        machine = dict(content["machine"])
+        plans = {str(key): _from_json(plan) for key, plan in content["plans"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"unisono.plans.load: {os.fspath(path)} isn't a file of plans:"
+            f" {type(error).__name__}: {error}; write a new one with unisono.plans.save(path)"
+        ) from error
+    here = _machine()
+    if machine != here:
+        names = sorted({*machine, *here})
+        facts = ", ".join(
+            f"{name} {machine.get(name)} instead of {here.get(name)}"
+            for name in names
+            if machine.get(name) != here.get(name)
+        )
+        warnings.warn(
+            f"unisono.plans.load: {os.fspath(path)} was measured elsewhere ({facts}), so nothing"
+            f" is taken over; the first calls measure anew",
+            EnsembleWarning,
+            stacklevel=2,
+        )
+        return 0
+    remember(plans)
+    return len(plans)
+
+
+def clear() -> None:
+    """Forget the plans made or loaded in this process; ensembles keep those they use."""
+    forget()
+
+
+def _machine() -> dict[str, str]:
+    """What a plan depends on beside the ensemble and the call."""
+    facts = {
+        "torch": torch.__version__,
+        "processor": platform.processor() or platform.machine(),
+        "threads": str(torch.get_num_threads()),
+    }
+    if torch.cuda.is_available():
+        facts["cuda"] = torch.cuda.get_device_name()
+    return facts
+
+
+def _to_json(plan: Plan) -> dict[str, Any]:
+    fields = plan.to_dict()
+    del fields["ops"]
+    return fields
+
+
+def _from_json(fields: dict[str, Any]) -> Plan:
+    chunk_size = fields["chunk_size"]
+    if fields["strategy"] not in get_args(RunName):
+        raise ValueError(f"no strategy is called {fields['strategy']!r}")
+    if fields["memory_format"] not in get_args(MemoryFormat):
+        raise ValueError(f"no memory format is called {fields['memory_format']!r}")
+    if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
+        raise ValueError(f"chunk_size is {chunk_size!r}")
+    return Plan(
+        fields["strategy"],
+        chunk_size,
+        str(fields["reason"]),
+        {str(name): float(time) for name, time in fields["candidates"].items()},
+        fields["memory_format"],
+        bool(fields["op_by_op"]),
+    )

@@ -1,0 +1,163 @@
+"""The benchmark builds every case, compares before it times, and tells what it left out."""
+
+import json
+import math
+import time
+from argparse import Namespace
+
+import pytest
+import torch
+
+from benchmarks import contenders, measure, predict, table
+from benchmarks.cases import CASES, scenarios
+from benchmarks.contenders import LOOP, UNISONO, VMAP, Contender
+from benchmarks.measure import Times
+from unisono import Ensemble
+
+LARGE = ("224x224", "U-Net", "ResNet", "MobileNet")  # seconds each, even with two members
+# Half of the scenarios: forward on own minibatches, training on one.
+TINY = [
+    scenario
+    for scenario in scenarios(tiny=True)
+    if scenario.shared == scenario.backward and not any(name in scenario.name for name in LARGE)
+]
+OPTIONS = Namespace(compile="none", jax=False, rounds=1, seconds=0.0, start_seconds=0.0)
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch):
+    monkeypatch.setattr(measure, "TURN_SECONDS", 1e-9)
+    monkeypatch.setattr(measure, "MIN_ROUNDS", 1)
+
+
+def row(name, **seconds):
+    return table.Row(name, {key: Times([value]) for key, value in seconds.items()})
+
+
+@pytest.mark.parametrize("scenario", TINY, ids=lambda scenario: scenario.name)
+def test_unisono_and_the_loop_are_timed_in_every_case(scenario, monkeypatch):
+    # One strategy: to measure all of them for every case belongs into the benchmark.
+    monkeypatch.setattr(contenders, "Ensemble", lambda models: Ensemble(models, strategy="loop"))
+    monkeypatch.setattr(
+        predict, "makers", lambda *_, **__: {LOOP: contenders.loop, UNISONO: contenders.unisono}
+    )
+    times = predict.run(scenario, OPTIONS).times
+    assert {name: found.reason for name, found in times.items()} == {LOOP: "", UNISONO: ""}
+    assert all(len(found.seconds) == 1 for found in times.values())
+
+
+def test_names_of_scenarios_are_unique():
+    names = [scenario.name for scenario in scenarios()]
+    assert len(set(names)) == len(names) == 4 * len(CASES)
+
+
+def test_a_model_can_be_made_for_every_case():
+    for case in CASES:
+        args = case.inputs(2)
+        assert len(args[0]) == 2
+        with torch.device("meta"):
+            assert sum(p.numel() for p in case.make().parameters()) > 0
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("name", [VMAP, contenders.HAND])
+def test_other_contenders_equal_the_loop(name, shared, backward):
+    (scenario,) = (
+        s
+        for s in scenarios(tiny=True)
+        if s.case.sizes == (8, 32, 32, 1)
+        and s.case.name.startswith("100 x")
+        and (s.shared, s.backward) == (shared, backward)
+    )
+    models, minibatches = scenario.models(), scenario.minibatches()
+    chosen = {
+        key: predict.makers(scenario, compiled="none", with_jax=False)[key] for key in (LOOP, name)
+    }
+    ready, out = measure.prepare(
+        {
+            key: lambda make=make: make(scenario, models, minibatches)
+            for key, make in chosen.items()
+        },
+        lambda: contenders.exact(scenario, models, minibatches),
+        seconds=0,
+    )
+    if name == contenders.HAND and backward:
+        assert out[name].reason == "forward of an MLP only"
+    else:
+        assert set(ready) == {LOOP, name}
+
+
+def prepare(other, truth=lambda: torch.ones(2, 3)):
+    return measure.prepare(
+        {LOOP: lambda: Contender(truth), "other": lambda: Contender(other)},
+        lambda: Contender(lambda: torch.ones(2, 3)),
+        seconds=0,
+    )
+
+
+def test_a_contender_that_differs_is_not_timed():
+    ready, out = prepare(lambda: torch.ones(2, 3) + 0.01)
+    assert set(ready) == {LOOP}
+    assert out["other"].reason.startswith("AssertionError: outputs differ by 1.0e-02")
+    assert math.isnan(out["other"].median)
+
+
+def test_a_contender_that_is_nan_is_not_timed():
+    assert set(prepare(lambda: torch.full((2, 3), torch.nan))[0]) == {LOOP}
+
+
+def test_a_contender_may_be_as_wrong_as_the_loop():
+    assert set(prepare(lambda: torch.ones(2, 3) - 0.01, lambda: torch.ones(2, 3) + 0.01)[0]) == {
+        LOOP,
+        "other",
+    }
+
+
+def test_a_contender_that_takes_too_long_is_not_timed():
+    with pytest.raises(TimeoutError, match="took more than"), measure.at_most(0.01):
+        time.sleep(10)
+
+
+def test_the_order_rotates():
+    calls = []
+    contenders_ = {name: Contender(lambda name=name: calls.append(name)) for name in "abc"}
+    measure.time_in_turns(contenders_, rounds=3, seconds=1e9)
+    assert "".join(calls) == "aabbcc" + "abc" + "bca" + "cab"  # first, how many calls make a turn
+
+
+def test_the_verdict_names_the_worst_case():
+    rows = [row("A", loop=4.0, vmap=2.0, unisono=1.0), row("B", loop=1.0, vmap=3.0, unisono=2.0)]
+    text = table.verdict(rows)
+    assert "geometric mean of 2 cases: 1.00." in text
+    assert "auto is at most 2.00 x the faster of loop and vmap in every case (worst: B)." in text
+    assert "loses in 1 of 2 cases" in text
+
+
+def test_a_dash_has_a_reason():
+    times = {LOOP: Times([1.0]), UNISONO: Times([0.5]), VMAP: Times(reason="no rule for lstm")}
+    text = table.details([table.Row("LSTM", times)])
+    assert "- vmap: no rule for lstm (LSTM)" in text
+    assert table.ratio_row(table.Row("LSTM", times)).startswith("| LSTM | 2.00 | - | 2.00 |")
+
+
+def test_everything_is_written(tmp_path):
+    rows = [row("A, forward, own minibatches", loop=4.0, vmap=2.0, unisono=1.0)]
+    predict.write_json(tmp_path / "bench.json", rows, "a machine")
+    cases = json.loads((tmp_path / "bench.json").read_text())["cases"]
+    assert cases["A, forward, own minibatches"]["vmap"]["median"] == 2.0
+    pytest.importorskip("matplotlib", reason="needs unisono[plots]")
+    from benchmarks import chart
+
+    chart.draw(rows, tmp_path / "bench.png", "a machine")
+    assert (tmp_path / "bench.png").stat().st_size > 1000
+
+
+def test_peak_memory_counts_what_is_alive_at_once():
+    def run():
+        first = torch.zeros(1000)
+        second = first + 1
+        del first
+        return second + 1
+
+    assert 8000 <= measure.peak_memory(run) < 8100  # two of the three at any moment, and scalars
