@@ -59,7 +59,7 @@ def run(scenario: Scenario, options: argparse.Namespace) -> table.Row:
             name: functools.partial(make, scenario, models, minibatches)
             for name, make in chosen.items()
         },
-        functools.partial(contenders.exact, scenario, models, minibatches),
+        lambda name: chosen[name](scenario, *contenders.in_float64(models, minibatches)),
         seconds=options.start_seconds,
     )
     times = time_in_turns(ready, rounds=options.rounds, seconds=options.seconds)

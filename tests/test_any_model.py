@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, rnn
 
 from oracles import assert_gradients_equal, assert_outputs_equal, assert_state_equal, total
-from unisono import Ensemble, EnsembleWarning
+from unisono import Ensemble, EnsembleError, EnsembleWarning, UnsupportedModelError
 from unisono.engine.tree import tree_map
 
 N = 3
@@ -585,3 +585,40 @@ def test_the_warning_for_the_loop() -> None:
         ' or .tolist(); strategy="loop" says that the loop is fine, strategy="fused" makes this an'
         " error"
     )
+
+
+# What neither way can give a member axis
+
+
+class ReturnsAFunction(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.linear(x)
+        return lambda z: z + y
+
+
+def test_functions_of_the_members_are_not_taken_for_one() -> None:
+    models = [ReturnsAFunction() for _ in range(3)]
+    with pytest.raises(EnsembleError, match="isn't a tensor and differs between the members"):
+        Ensemble(models, strategy="loop")(torch.randn(5, 3))
+    with pytest.raises(EnsembleError, match="forward returns tensors inside a function"):
+        Ensemble(models)(torch.randn(5, 3))
+
+
+class FillsACache(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, cache: list[Tensor]) -> Tensor:
+        cache.append(self.linear(x))
+        return cache[-1]
+
+
+def test_a_cache_that_all_members_would_fill_is_refused_without_a_loop() -> None:
+    ens = Ensemble([FillsACache() for _ in range(3)])
+    with pytest.raises(UnsupportedModelError, match="puts a tensor of the members into"):
+        ens(torch.randn(5, 3), [])

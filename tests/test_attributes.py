@@ -1,3 +1,4 @@
+import copy
 import functools
 import math
 from collections import defaultdict
@@ -20,6 +21,7 @@ from members import (
     scaled_by,
     with_,
 )
+from unisono import Ensemble
 from unisono.differences import check_members, compare_members
 
 
@@ -261,3 +263,11 @@ def test_compiled_functions_are_compared_by_the_function():
     models = [holder(act=torch.compile(scaled_by(i))) for i in range(2)]
     [difference] = compare_members(models)
     assert str(difference) == "member 1, `act (closure factor)`: 1; member 0 has 0"
+
+
+def test_a_parametrised_member_that_was_copied_once_is_still_of_the_same_class() -> None:
+    # copy and pickle note the names of slots in the class of what they copy
+    models = [nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)) for _ in range(3)]
+    copy.deepcopy(models[0])
+    assert len(Ensemble(models)) == 3
+    assert len(Ensemble(models)) == 3

@@ -188,11 +188,15 @@ def difference(got: Any, wanted: list[Any]) -> float:
                 continue
             assert mine[i].shape == own.shape, f"{mine[i].shape}, {own.shape} in the loop"
             assert mine.dtype == own.dtype, f"{mine.dtype}, {own.dtype} in the loop"
-            if own.numel():
-                greatest = _greatest(own)
-                error = _greatest(mine[i].detach().double() - own.detach().double())
-                errors.append(error / greatest if greatest else error)
+            errors.append(_relative(mine[i].detach().double(), own.detach().double()))
     return worst(errors)
+
+
+def _relative(got: Tensor, want: Tensor) -> float:
+    """The greatest difference over the greatest finite value; equal infinities don't differ."""
+    error = _greatest(torch.where(got == want, 0.0, got - want))
+    scale = _greatest(want[want.isfinite()])
+    return error / scale if scale else error
 
 
 def worst(errors: Iterable[float]) -> float:

@@ -31,7 +31,9 @@ _NOT_ARCHITECTURE = (
     *(torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator),
     *(random.Random, RemovableHandle),
 )
-_CLASS_NOISE = frozenset({"__dict__", "__weakref__", "__doc__", "__annotations__", "_abc_impl"})
+_CLASS_NOISE = frozenset(
+    {"__dict__", "__weakref__", "__doc__", "__annotations__", "_abc_impl", "__slotnames__"}
+)
 _COMPILED = "_torchdynamo_orig_callable"  # torch 2.13; without it, compiled functions differ
 _BY_IDENTITY: Any = object.__eq__
 

@@ -99,13 +99,14 @@ def at_trace_time(fn: Callable[[], bool]) -> Callable[[], bool]:
     return fn
 
 
-def rules_start(n: int, randomness: Randomness) -> None:
-    """Let the rules hold in the level of N members that a traced ``torch.vmap`` has entered.
+def rules_start(randomness: Randomness) -> None:
+    """Let the rules hold in the level that a traced ``torch.vmap`` has entered.
 
     Dynamo puts the calls of this function and of `rules_end` into the graph that it makes. They
     run whenever that graph is traced further, and leave nothing in what is compiled.
     """
-    _enter(_Traced((ft.maybe_current_level(), n, randomness)))
+    layer = ft.peek_interpreter_stack()
+    _enter(_Traced((layer.level(), ft.CVmapInterpreterPtr(layer).batchSize(), randomness)))
 
 
 def rules_end() -> None:

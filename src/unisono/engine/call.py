@@ -41,6 +41,7 @@ def at_once(
     around: Callable[[int], AbstractContextManager[Any]],
 ) -> Result:
     """Run ``forward`` once, inside ``around(level)``."""
+    _refuse_backward_hooks(template)
     install(RULES, BY_MEMBER)
     with member_axis(call.n, call.randomness) as level:
 
@@ -100,6 +101,7 @@ def vmap(template: Template, values: Sequence[Any], call: Call) -> Result:
 
     https://docs.pytorch.org/tutorials/intermediate/ensembling.html
     """
+    _refuse_backward_hooks(template)
     slots = template.slots
     base = _Recorder(template, call.fn)
     trace: list[Any] = []  # containers, and leaves that aren't tensors, of the one run
@@ -203,6 +205,15 @@ def first_members(
 def _chunk(parts: Parts, k: int, call: Call, n: int) -> Call:
     args, kwargs = parts.inputs(k, mark=per_member)
     return call._replace(args=args, kwargs=kwargs, n=n)
+
+
+def _refuse_backward_hooks(template: Template) -> None:
+    if template.backward_hooks and torch.is_grad_enabled():
+        path = template.backward_hooks[0]
+        raise RuntimeError(
+            f"{f'`{path}`' if path else 'the member'} has a backward hook, which is called with the"
+            f" gradients of one member"
+        )
 
 
 def _add_place(error: Exception, template: Template, when: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -120,12 +121,12 @@ class _Passes(TorchFunctionMode):
 
     def _place(self) -> str:
         """The path of the innermost of the member's modules that is running."""
-        frame = sys._getframe(2)
+        frame: FrameType | None = sys._getframe(2)
         while frame is not None:
             path = self._names.get(id(frame.f_locals.get("self")))
             if path is not None:
                 return path
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
         return ""
 
     def _wait(self) -> None:

@@ -14,7 +14,7 @@ from unisono.engine.axis import TorchDispatchMode
 from unisono.engine.tree import leaves
 
 
-class PeakMemory(TorchDispatchMode):
+class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all storages that ops allocate inside its ``with`` block.
 
     What was there before (parameters, inputs) doesn't count; what a kernel takes and gives back
@@ -22,7 +22,7 @@ class PeakMemory(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self.live = 0
         self._known: set[int] = set()
@@ -55,7 +55,8 @@ class PeakMemory(TorchDispatchMode):
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    key: int = tensor.untyped_storage()._cdata
+    return key
 
 
 class Footprint(NamedTuple):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import FunctionType, GeneratorType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -192,8 +194,11 @@ def join_trees(what: str, trees: Sequence[Any], join: Callable[[list[Tensor]], T
                     f" shapes {', '.join(map(str, shapes))}; pad them to one shape in forward, or"
                     f" call the members one by one: [member(x) for member in ens]"
                 ) from error
-        if any(type(leaf) is not type(first) for leaf in column) or (
-            isinstance(first, _COMPARABLE) and any(leaf != first for leaf in column)
+        if (
+            any(type(leaf) is not type(first) for leaf in column)
+            or (isinstance(first, _COMPARABLE) and any(leaf != first for leaf in column))
+            # A function of one member can't stand for those of all.
+            or (isinstance(first, _RUNNABLE) and any(leaf is not first for leaf in column))
         ):
             found = ", ".join(dict.fromkeys(repr(leaf) for leaf in column[:10]))
             raise EnsembleError(
@@ -209,3 +214,4 @@ def join_trees(what: str, trees: Sequence[Any], join: Callable[[list[Tensor]], T
 
 
 _COMPARABLE = (bool, int, float, complex, str, bytes)
+_RUNNABLE = (FunctionType, MethodType, GeneratorType, functools.partial)

@@ -248,7 +248,7 @@ class Planner:
 
     def _key(self, signature: Signature, template: Template) -> str:
         if not self._fingerprint:
-            self._fingerprint = fingerprint(template)
+            self._fingerprint = fingerprint(self.pool.module, template)
         return f"{self._fingerprint}|{as_text(signature)}"
 
     def _run_one(

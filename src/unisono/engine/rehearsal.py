@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -80,7 +81,7 @@ class Rehearsal:
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
-        """Put back the random state, and keep the users' hooks out."""
+        """Put back the random state, and keep the users' hooks and torch's advice out."""
         state = rng.get_state(self._devices)
         hooks = [h for module in self._template.module.modules() for h in hooks_of(module)]
         kept = [(registered, dict(registered)) for registered in hooks if registered]
@@ -89,7 +90,10 @@ class Rehearsal:
                 if not _is_of_torch(hook):
                     del registered[key]
         try:
-            yield
+            with warnings.catch_warnings():
+                # Of its slow batching rules torch warns also where another way is going to win.
+                warnings.filterwarnings("ignore", message="There is a performance drop")
+                yield
         finally:
             for registered, all_of_them in kept:
                 registered.clear()

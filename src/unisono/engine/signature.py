@@ -8,7 +8,7 @@ from types import CodeType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unisono.engine.inputs import PerMember
 from unisono.engine.parts import Call
@@ -80,11 +80,11 @@ def as_text(signature: Signature) -> str:
     return "|".join(_text(part) for part in signature)
 
 
-def fingerprint(template: Template) -> str:
+def fingerprint(member: nn.Module, template: Template) -> str:
     """A text for what the ensemble is made of: classes, names, shapes, what is shared."""
     lines = [
         f"{path}:{type(module).__module__}.{type(module).__qualname__}:{module.extra_repr()}"
-        for path, module in template.module.named_modules()
+        for path, module in member.named_modules()
     ]
     lines += [
         f"{slot.name}:{slot.kind}:{slot.stacked}:{tuple(value.shape)}:{value.requires_grad}"

@@ -69,6 +69,8 @@ def is_free(template: Template, memory_format: MemoryFormat) -> bool:
     parameter, its gradient and its moments by address, and would mix up their elements without
     a word if the orders differed.
     """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return False  # DistributedDataParallel has noted the order, and mixes up the gradients
     slots = _concerned(template, memory_format)
     moved = [slot for slot in slots if _value(slot).stride() != _strides(slot, memory_format)]
     if any(_value(slot).grad is not None or not _value(slot).is_leaf for slot in moved):

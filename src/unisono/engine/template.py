@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from unisono.engine.attention import has_attention
-from unisono.engine.axis import buffers_of, children_of, parameters_of
+from unisono.engine.axis import buffers_of, children_of, hooks_of, is_observed, parameters_of
 from unisono.engine.leaf import shorten
 from unisono.engine.tree import leaves
 from unisono.engine.watch import Kind, State, Watch, Write, check_write
-from unisono.errors import UnsupportedModelError
+from unisono.errors import EnsembleError, UnsupportedModelError
 
 
 class Slot(NamedTuple):
@@ -60,6 +60,9 @@ class Template:
         self.has_attention = has_attention(module)
         self.slots = _tensor_slots(module, trees, shared)
         self.slots += _alias_slots(modules, self.slots)
+        self.slots = [slot._replace(rest=_at_rest(slot.rest)) for slot in self.slots]
+        for slot in self.slots:
+            slot.container[slot.key] = slot.rest
         for path, key in sorted(attributes):
             home, kept = modules[path].__dict__, trees[path].__dict__
             home[key] = None
@@ -68,6 +71,8 @@ class Template:
         self.holds_stacked_tensors = all(
             slot.stacked and slot.kind != "attribute" for slot in self.slots
         )
+        # Called with the gradients of one member, which there are none of while all run at once.
+        self.backward_hooks = [path for path, m in modules.items() if any(hooks_of(m)[2:])]
         self.has_buffers = any(slot.kind == "buffer" for slot in self.slots)
         self._modes = [(m.__dict__, trees[path].__dict__) for path, m in modules.items()]
         shorten(module)
@@ -144,6 +149,28 @@ class _Filled:
             self._writes += found
             for write in found:
                 check_write(write)
+
+
+class _Resting(Tensor):
+    """What stands in a slot between calls: it has a shape, but no op takes it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ == "__get__":
+            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        raise EnsembleError(
+            "ens(...): a part of the member ran again after the call, when it has no tensors, as"
+            " torch.utils.checkpoint inside of a member does in backward; checkpoint the ensemble"
+            " instead: checkpoint(ens, x, use_reentrant=False)"
+        )
+
+
+def _at_rest(placeholder: Tensor) -> Tensor:
+    if is_observed():  # a mode that makes tensors of another class of all that are made
+        return placeholder
+    resting = placeholder.detach().as_subclass(_Resting)
+    resting._is_param = isinstance(placeholder, nn.Parameter)
+    return resting
 
 
 def _tensor_slots(

@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 
 from unisono.engine import rng
-from unisono.engine.capture.record import Request, Recording, Sample, Variant, record
+from unisono.engine.capture.record import Recording, Request, Sample, Variant, record
 from unisono.engine.template import Template
 
 # A loop over many members is long to write and slow to run; it is given up at this length.

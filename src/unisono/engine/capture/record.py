@@ -14,6 +14,7 @@ from unisono.engine import rng
 from unisono.engine.axis import Randomness
 from unisono.engine.call import Strategy, fused, in_chunks, loop, vmap
 from unisono.engine.capture.arguments import copy_of, names_of, outline
+from unisono.engine.capture.guards import autocast_dtype
 from unisono.engine.capture.outputs import Outputs
 from unisono.engine.capture.recording import ReadsOutside, Recorder
 from unisono.engine.capture.simplify import simplify
@@ -84,6 +85,7 @@ class Recording:
     """A simplified program, ready to be bound to the ensemble's tensors."""
 
     strategy: str
+    turned: bool
     text: Text
     weights: Mapping[str, WeightView]
     sources: Sequence[Source]  # of all the ensemble's tensors, those that go unused, too
@@ -131,7 +133,7 @@ def record(
     trace = recorder.trace
     program = simplify(trace)
     devices = sorted({v.tensor.device.type for v in trace.values})
-    casts = [device for device in devices if torch.is_autocast_enabled(device)]
+    casts = [d for d in devices if torch.amp.is_autocast_available(d) and autocast_dtype(d)]
     form, _ = outline(args, kwargs)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -140,7 +142,7 @@ def record(
         text = write(program, names_of(template.module, form), outputs.text(), casts)
     views = _weight_views(text, trace, template)
     sources = list({(id(home), key): (home, key) for home, key in _sources(template)}.values())
-    recording = Recording(name, text, views, sources, outputs.rebuild(), frozen)
+    recording = Recording(name, variant.turned, text, views, sources, outputs.rebuild(), frozen)
     return recording, Sample(inputs, recorder.put_back, recorder.can_turn)
 
 

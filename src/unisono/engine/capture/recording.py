@@ -25,6 +25,8 @@ _LIKE: Final = frozenset(
 ) | {"new_empty_strided"}
 # Ops whose answer is about the tensor itself, not about its elements.
 _ABOUT_LAYOUT: Final = frozenset({"is_same_size", "is_pinned", "_has_same_storage_numel"})
+# Ops of which only what they keep for backward has a shape that depends on elements.
+_ASIDE: Final = frozenset({"_ctc_loss"})
 _MOVES_STORAGE: Final = frozenset({"set_", "resize_", "resize_as_"})
 _COPIES: Final = frozenset({"_to_copy", "copy", "copy_"})
 _PRODUCTS: Final = (torch.ops.aten.baddbmm.default, torch.ops.aten.bmm.default)
@@ -210,7 +212,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _check(self, op: Op, args: Sequence[Any]) -> None:
         """Refuse what depends on the elements of a tensor, or moves it while the device waits."""
         tags = op.target.tags
-        by_shape = torch.Tag.dynamic_output_shape in tags
+        by_shape = torch.Tag.dynamic_output_shape in tags and op.name not in _ASIDE
         if op.name == "index":  # tagged, but only a mask makes the shape depend on the elements
             by_shape = any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
         if torch.Tag.data_dependent_output in tags or by_shape:

@@ -15,7 +15,7 @@ from unisono.engine.capture.arguments import Form, facts, outline
 from unisono.engine.capture.choice import record_fastest
 from unisono.engine.capture.graph import GraphReplay
 from unisono.engine.capture.guards import Guard, Guards, autocast_dtype
-from unisono.engine.capture.record import Request, Recording
+from unisono.engine.capture.record import Recording, Request
 from unisono.engine.inputs import PerMember, check_inputs
 from unisono.engine.parts import Call
 from unisono.engine.pool import Pool
@@ -198,7 +198,7 @@ class Capture:
 
     def _devices(self, tensors: Sequence[Tensor]) -> list[str]:
         found = {x.device.type for x in (*tensors, *self._pool.members.parameters())}
-        return sorted(found) or ["cpu"]
+        return sorted(filter(torch.amp.is_autocast_available, found)) or ["cpu"]
 
     def _words(self, form: Form, tensors: Sequence[Tensor]) -> dict[str, str]:
         modes = {path: m.training for path, m in self._pool.members.named_modules()}

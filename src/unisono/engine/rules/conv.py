@@ -33,7 +33,8 @@ def conv(
       convolutions are large, one after another: oneDNN is slow on large grouped convolutions.
 
     The result is physically (B, N * O, *), the layout in which the next convolution or batch
-    norm takes it without a copy. The bias is part of the convolution, not a pass of its own.
+    norm takes it without a copy, and (B, *, N * O) if the weights are stored in channels-last
+    order. The bias is part of the convolution, not a pass of its own.
     """
     convolve = _CONV[weight[0].dim() - 2 - (weight[1] is not None)]
     options = (stride, padding, dilation)
@@ -48,13 +49,71 @@ def conv(
         return unfolded(y, 0, n), 0
     if groups == 1 and None not in (x[1], weight[1]) and is_large(n, x[0], weight[0], stride):
         return one_by_one(convolve, n, x, weight, bias, options)
-    w = folded(weight, 0, n)  # (N * O, C / groups, *)
+    if x[1] is None and weight[1] is not None:
+        return _on_shared_input(convolve, n, x[0], members_first(weight), bias, options, groups)
     b = None if bias is None else folded(bias, 0, n)
-    if x[1] is None and groups == 1:
-        y = convolve(x[0], w, b, *options, 1)
+    if is_channels_last(weight):
+        y = convolve(channels_last(x, n), _filters(weight), b, *options, n * groups)
     else:
+        w = folded(weight, 0, n)  # (N * O, C / groups, *)
         y = convolve(folded(x, 1, n), w, b, *options, n * groups)
     return unfolded(y, 1, n), 1
+
+
+def _on_shared_input(
+    convolve: Callable[..., Tensor],
+    n: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Operand | None,
+    options: tuple[object, ...],
+    groups: int,
+) -> Operand:
+    """All members' filters on one input (B, C, *); the input is not repeated.
+
+    Filters that see the same group of channels lie side by side: (G, N, O / G) of them.
+    """
+    b = None if bias is None else for_each_member(bias, n)
+    if groups == 1:
+        y = convolve(x, folded((weight, 0), 0, n), None if b is None else b.flatten(), *options, 1)
+        return unfolded(y, 1, n), 1
+
+    def side_by_side(filters: Tensor) -> Tensor:
+        own = filters.reshape(n, groups, filters.shape[1] // groups, *filters.shape[2:])
+        return own.transpose(0, 1).flatten(0, 2)
+
+    y = convolve(x, side_by_side(weight), None if b is None else side_by_side(b), *options, groups)
+    y = y.reshape(y.shape[0], groups, n, y.shape[1] // groups // n, *y.shape[2:])
+    return y.transpose(1, 2).flatten(2, 3), 1  # (B, N, O, *)
+
+
+def is_channels_last(weight: Operand) -> bool:
+    """Whether the filters (N, O, C, *) are stored as (N, O, *, C)."""
+    value, dim = weight
+    if dim != 0 or value.dim() < 5:
+        return False
+    channels = value.shape[2]
+    return value.stride(2) == 1 and value.stride(-1) == channels and value[0, 0].numel() > 1
+
+
+def channels_last(x: Operand, n: int) -> Tensor:
+    """(N, B, C, *) -> (B, N * C, *), in memory (B, *, N * C)."""
+    value = for_each_member(x, n)
+    spatial = range(3, value.dim())
+    y = value.permute(1, *spatial, 0, 2).flatten(-2)  # (B, *, N * C)
+    return y.movedim(-1, 1)
+
+
+def _filters(weight: Operand) -> Tensor:
+    """(N, O, C, *) -> (N * O, C, *) with the very strides, also of an axis of length 1.
+
+    Convolutions look at them to see which order is meant; a view would make them up anew.
+    """
+    value = weight[0]
+    if value.shape[2] > 1:
+        return value.flatten(0, 1)
+    shape = (value.shape[0] * value.shape[1], *value.shape[2:])
+    return value.as_strided(shape, value.stride()[1:], value.storage_offset())
 
 
 def is_large(n: int, x: Tensor, weight: Tensor, stride: Sequence[int] = ()) -> bool:
@@ -82,4 +141,4 @@ def one_by_one(
     biases = [None] * n if bias is None else for_each_member(bias, n)
     columns = zip(members_first(x), members_first(weight), biases, strict=True)
     ys = [convolve(*column, *options) for column in columns]  # N of (B, O, *)
-    return torch.stack(ys, 1), 1  # (B, N, O, *)
+    return unfolded(torch.cat(ys, 1), 1, n), 1  # (B, N, O, *), in the memory format of each

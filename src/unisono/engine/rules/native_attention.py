@@ -105,6 +105,7 @@ def encoder_layer(
     y = normed(rows, n1w, n1b) if norm_first else rows
     q, k, v = _heads(y.view(shape), w_qkv, b_qkv, num_heads)
     y = _attend(q, k, v, blocked).reshape(n, -1, embed_dim)
+    del q, k, v  # the largest tensor of the layer
     rows = (rows + b.unsqueeze(1)).baddbmm_(y, w.mT)
     if not norm_first:
         rows = normed(rows, n1w, n1b)
