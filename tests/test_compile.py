@@ -322,6 +322,14 @@ def test_marks_may_be_put_inside_the_compiled_function() -> None:
     torch.testing.assert_close(call(xs), torch.stack(expected).mean(0))
 
 
+def test_an_output_that_is_the_same_for_all_can_be_written_to() -> None:
+    ens = Ensemble([nn.Linear(3, 2).double() for _ in range(3)])
+    call, _ = compiled(lambda x: ens.run(lambda member, x: 2 * x, x))
+    outputs = call(X)
+    outputs[1].zero_()
+    torch.testing.assert_close(outputs[0], 2 * X)
+
+
 class Committee(nn.Module):
     """An ensemble inside of a module."""
 

@@ -249,7 +249,8 @@ class Ensemble(nn.Module):
             torch.Size([5, 8, 2])
         """
         call = self._call(_call_member, args, kwargs)
-        return Capture(self._planner.pool, call, self.strategy, self.chunk_size)
+        chunk_size = self._planner.prepare(call, self._options())
+        return Capture(self._planner.pool, call, self.strategy, chunk_size)
 
     def unstack(self) -> list[nn.Module]:
         """N independent ordinary modules, of the models' class, with copies of the tensors.

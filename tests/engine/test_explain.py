@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -68,6 +69,17 @@ def test_auto_the_candidates_and_why() -> None:
     assert {"fused", "vmap", "loop"} <= set(plan.candidates)
     assert list(plan.candidates.values()) == sorted(plan.candidates.values())
     assert plan.reason.startswith("the fastest when the first call of this kind was timed")
+
+
+def test_a_layer_that_torch_runs_as_one_op_is_one_op() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    ens = Ensemble([layer, copy.deepcopy(layer)], strategy="fused").eval()
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        native = ens.explain(x)
+    assert ops(native)["", "_transformer_encoder_layer_fwd"] == ("rule", "encoder_layer")
+    assert ("linear1", "linear") in ops(ens.explain(x))  # with gradients it runs in parts
+    torch.testing.assert_close(ens(x), torch.stack([layer.eval()(x)] * 2))
 
 
 def test_it_is_frozen() -> None:

@@ -2,7 +2,7 @@
 
 In eval mode ``nn.MultiheadAttention`` and the Transformer layers take a fused path that has no
 derivative. They avoid it when a tensor requires a gradient, which inside the member axis none
-seems to do. Without gradients it is welcome: it runs for one member after another.
+seems to do. Without gradients it is welcome: there is a rule for it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,18 @@ _MODULES = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEnc
 def has_attention(member: nn.Module) -> bool:
     """Whether the member has modules with a native path."""
     return any(isinstance(module, _MODULES) for module in member.modules())
+
+
+def native_layers(member: nn.Module) -> list[nn.Module]:
+    """The member's outermost modules that torch may run as one op in eval mode."""
+    found: list[nn.Module] = []
+    inside: set[int] = set()
+    for module in member.modules():
+        if isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+            if id(module) not in inside and not module.training and "forward" not in vars(module):
+                found.append(module)
+            inside.update(map(id, module.modules()))
+    return found
 
 
 class NativeAttentionOff:

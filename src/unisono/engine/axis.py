@@ -17,7 +17,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from time import perf_counter
 from typing import Any, Final, Literal, NamedTuple
 
@@ -480,3 +480,9 @@ def _marked_arguments(op: Any) -> tuple[tuple[int, str], ...]:
 def is_end_of_recomputation(error: Exception) -> bool:
     """Whether the error only says that activation checkpointing has recomputed all it needs."""
     return isinstance(error, torch.utils.checkpoint._StopRecomputationError)
+
+
+def without_modes() -> AbstractContextManager[None]:
+    """Let no `TorchFunctionMode` see what runs in a ``with`` block."""
+    context: AbstractContextManager[None] = torch._C.DisableTorchFunction()
+    return context

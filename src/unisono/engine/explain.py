@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -13,7 +15,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from unisono.engine import rng
-from unisono.engine.axis import Note, noted
+from unisono.engine.attention import native_layers
+from unisono.engine.axis import Note, noted, without_modes
 from unisono.engine.parts import Call, Result
 from unisono.engine.plan import How, OpRecord, Plan, RunName
 from unisono.engine.rehearsal import Rehearsal
@@ -41,9 +44,10 @@ def ops_of(plan: Plan, template: Template, call: Call) -> tuple[OpRecord, ...]:
         with passes:
             return run(plan, template, values, call._replace(fn=passes.call_member))
 
-    rehearsal.run(strategy, "contiguous")  # what is paid once is no op's share
-    passes.seen = []
-    rehearsal.run(strategy, "contiguous")
+    with passes.native_layers(template):
+        rehearsal.run(strategy, "contiguous")  # what is paid once is no op's share
+        passes.seen = []
+        rehearsal.run(strategy, "contiguous")
     return _records(passes.seen)
 
 
@@ -79,7 +83,7 @@ class _Passes(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.seen: list[list[_Seen]] = []
-        self._names = {id(m): path for path, m in module.named_modules()}
+        self._names: dict[int, str] = {id(m): path for path, m in module.named_modules()}
         self._fn = fn
         self._devices = list(devices)
         self._default: How = "member" if name == "loop" else "torch"
@@ -94,6 +98,40 @@ class _Passes(TorchFunctionMode):
         finally:
             self._inside = False
 
+    @contextmanager
+    def native_layers(self, template: Template) -> Iterator[None]:
+        """Take attention layers as one op where torch runs them as one, which no mode sees."""
+        native = [] if torch.is_grad_enabled() else native_layers(template.module)
+        for module in native:
+            module.forward = partial(self._run_native, module, module.forward)
+        template.look()
+        try:
+            yield
+        finally:
+            for module in native:
+                del module.forward
+            template.look()
+
+    def _run_native(
+        self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        with without_modes():
+            result, notes, elapsed = self._timed(forward, args, kwargs)
+        if self._inside:
+            path = self._names[id(module)]
+            self.seen[-1] += self._entries(path, type(module).__name__, notes, elapsed)
+        return result
+
+    def _timed(
+        self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, list[Note], float]:
+        with noted() as notes:
+            self._wait()
+            start = time.perf_counter()
+            result = func(*args, **kwargs)
+            self._wait()
+            return result, notes, time.perf_counter() - start
+
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -102,12 +140,7 @@ class _Passes(TorchFunctionMode):
         if not self._inside or not name:
             return func(*args, **kwargs)
         path = self._place()
-        with noted() as notes:
-            self._wait()
-            start = time.perf_counter()
-            result = func(*args, **kwargs)
-            self._wait()
-            elapsed = time.perf_counter() - start
+        result, notes, elapsed = self._timed(func, args, kwargs)
         self.seen[-1] += self._entries(path, name, notes, elapsed)
         return result
 
@@ -123,9 +156,9 @@ class _Passes(TorchFunctionMode):
         """The path of the innermost of the member's modules that is running."""
         frame: FrameType | None = sys._getframe(2)
         while frame is not None:
-            path = self._names.get(id(frame.f_locals.get("self")))
-            if path is not None:
-                return path
+            owner = id(frame.f_locals.get("self"))
+            if owner in self._names:
+                return self._names[owner]
             frame = frame.f_back
         return ""
 

@@ -107,6 +107,19 @@ class Planner:
             self.pool.give_back(template)
         return result.outputs
 
+    def prepare(self, call: Call, options: Options) -> int | None:
+        """How many members a call without gradients runs at once; None for all.
+
+        The plan is made if there is none, so the parameters are stored as they are to stay.
+        """
+        template = self.pool.take()
+        try:
+            with torch.no_grad():
+                choice = self._choice(template, template.values(), call, options)
+        finally:
+            self.pool.give_back(template)
+        return choice.plan.chunk_size
+
     def explain(self, call: Call, options: Options) -> Plan:
         """The plan for calls like this one, made now if there is none, with the ops that run."""
         template = self.pool.take()

@@ -96,6 +96,10 @@ class Template:
         """
         return _Filled(self, values)
 
+    def look(self) -> None:
+        """Take what stands in the tree now for its own, not for something that forward assigned."""
+        self._watch.look()
+
     def keep(self, path: str, key: str, value: Any) -> None:
         """Store a plain attribute that ``forward`` assigned, the same for all members."""
         self.module.get_submodule(path).__dict__[key] = value

@@ -25,7 +25,7 @@ from unisono.engine.parts import Call
 from unisono.engine.plan import StrategyName
 from unisono.engine.pool import Pool
 from unisono.engine.rules import BY_MEMBER, RULES
-from unisono.engine.traced_member import Place, is_repeated, keep, places_of, run_member
+from unisono.engine.traced_member import Place, keep, places_of, run_member
 from unisono.engine.traced_tree import filled, inputs_of, tensors_of
 from unisono.engine.watch import Write
 
@@ -48,8 +48,9 @@ def run_traced(pool: Pool, call: Call, strategy: StrategyName, chunk_size: int |
         set_native_attention(native)
     for write in writes:
         keep(pool, write, call.n)
-    # A copy of what is the same for all members, so that each can be written to.
-    own = [leaf.clone() if is_repeated(leaf) else leaf for leaf in tensors_of(outputs)]
+    # What is the same for all members was only repeated: a copy, so that each can be written to.
+    # Strides would tell it apart from other orders in memory, but Dynamo may not know them.
+    own = [leaf if leaf.is_contiguous() else leaf.clone() for leaf in tensors_of(outputs)]
     return filled(outputs, iter(own))
 
 

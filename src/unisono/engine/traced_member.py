@@ -120,17 +120,12 @@ def keep(pool: Pool, write: Write, n: int) -> None:
 
 def _one_for_all(name: str, value: Tensor, n: int) -> Tensor:
     """The value without a member axis, of a buffer that is kept once."""
-    if n > 1 and not is_repeated(value):
+    if n > 1 and value.stride(0) != 0:  # else vmap only repeated it
         raise EnsembleError(
             f"ens(...): the buffer `{name}` is kept once for all members (shared=), but forward"
             f" assigns another value for each; leave it out of shared="
         )
     return value[0]
-
-
-def is_repeated(value: Tensor) -> bool:
-    """Whether a result is the same for all members, so that vmap only repeated it."""
-    return value.stride(0) == 0
 
 
 def _swap(place: Place, value: Any) -> Any:

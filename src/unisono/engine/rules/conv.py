@@ -30,7 +30,8 @@ def conv(
     - one weight for all members: the members are more of the batch;
     - one input for all members: their filters are N * O filters of one convolution;
     - both per member: N * groups groups, channels of a member side by side; or, where the
-      convolutions are large, one after another: oneDNN is slow on large grouped convolutions.
+      convolutions are large, one after another: in torch's usual memory format, oneDNN is slow
+      on large grouped convolutions.
 
     The result is physically (B, N * O, *), the layout in which the next convolution or batch
     norm takes it without a copy, and (B, *, N * O) if the weights are stored in channels-last
@@ -47,13 +48,13 @@ def conv(
             return convolve(x[0], weight[0], shared_bias, *options, groups), None
         y = convolve(folded(x, 0, n), weight[0], shared_bias, *options, groups)
         return unfolded(y, 0, n), 0
-    if groups == 1 and None not in (x[1], weight[1]) and is_large(n, x[0], weight[0], stride):
-        return one_by_one(convolve, n, x, weight, bias, options)
     if x[1] is None and weight[1] is not None:
         return _on_shared_input(convolve, n, x[0], members_first(weight), bias, options, groups)
     b = None if bias is None else folded(bias, 0, n)
     if is_channels_last(weight):
         y = convolve(channels_last(x, n), _filters(weight), b, *options, n * groups)
+    elif groups == 1 and weight[1] is not None and is_large(n, x[0], weight[0], stride):
+        return one_by_one(convolve, n, x, weight, bias, options)
     else:
         w = folded(weight, 0, n)  # (N * O, C / groups, *)
         y = convolve(folded(x, 1, n), w, b, *options, n * groups)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch.nn import functional as F
 
@@ -24,15 +26,16 @@ def linear(n: int, x: Operand, weight: Operand, bias: Operand | None = None) -> 
     if weight[1] is None or weight[0].dim() != 3:
         return None
     w = members_first(weight)  # (N, out, in)
+    # prod, because Size.numel() fixes the size of a batch inside torch.compile
     if x[1] == 0 and x[0].dim() == 3:  # the common case, without detours
         rows, batch_shape = x[0], None
     elif x[1] is None:
         batch_shape = x[0].shape[:-1]
-        rows = x[0].reshape(batch_shape.numel(), x[0].shape[-1]).expand(n, -1, -1)  # no copy
+        rows = x[0].reshape(prod(batch_shape), x[0].shape[-1]).expand(n, -1, -1)  # no copy
     else:
         x_first = members_first(x)
         batch_shape = x_first.shape[1:-1]
-        rows = x_first.reshape(n, batch_shape.numel(), x_first.shape[-1])  # (N, M, in)
+        rows = x_first.reshape(n, prod(batch_shape), x_first.shape[-1])  # (N, M, in)
     if bias is None:
         y = torch.bmm(rows, w.mT)  # (N, M, out)
     else:

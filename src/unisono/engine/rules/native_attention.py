@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from unisono.engine.axis import Operand
 from unisono.engine.rules.layout import for_each_member, unfolded
 
+_CACHED = 1 << 19  # bytes, for the queries, keys and values of the members that run at once
+
 _CAUSAL, _PADDING, _FULL = 0, 1, 2  # what a mask is: (T, S), (B, S) or (B, H, T, S)
 
 
@@ -85,26 +87,61 @@ def encoder_layer(
 ) -> Operand | None:
     """One Transformer encoder layer of all members, (N, B, T, E) -> (N, B, T, E).
 
-    Each product adds to what it is to be added to: ``(x + b).baddbmm_(y, w)``.
+    So many members at a time as keep what lies between input and output in the processor's cache.
     """
-    attention = (qkv_weight, qkv_bias, weight, bias)
-    norms = (norm1_weight, norm1_bias, norm2_weight, norm2_bias)
-    feed_forward = (weight1, bias1, weight2, bias2)
-    if not _is_plain(mask, x, *attention, *norms, *feed_forward):
+    weights = (
+        *(qkv_weight, qkv_bias, weight, bias),
+        *(norm1_weight, norm1_bias, norm2_weight, norm2_bias),
+        *(weight1, bias1, weight2, bias2),
+    )
+    if not _is_plain(mask, x, *weights):
         return None
-    shape = for_each_member(x, n).shape
-    rows = for_each_member(x, n).reshape(n, -1, embed_dim)  # (N, B * T, E)
-    w_qkv, b_qkv, w, b = (for_each_member(operand, n) for operand in attention)
-    w1, b1, w2, b2 = (for_each_member(operand, n) for operand in feed_forward)
-    n1w, n1b, n2w, n2b = (for_each_member(operand, n).unsqueeze(1) for operand in norms)
-    blocked = None if mask is None else _blocked(mask, n, shape[1], mask_type)
+    value = for_each_member(x, n)
+    own = [for_each_member(operand, n) for operand in weights]
+    blocked = None if mask is None else _blocked(mask, n, value.shape[1], mask_type)
+    size = max(1, min(n, _CACHED // (3 * value[0].nbytes)))
+    y = value.new_empty(value.shape)
+    batch = value.shape[1]
+    for start in range(0, n, size):
+        some = slice(start, start + size)
+        examples = slice(start * batch, (start + size) * batch)
+        _encode(
+            value[some],
+            [tensor[some] for tensor in own],
+            num_heads,
+            eps,
+            blocked if blocked is None or len(blocked) == 1 else blocked[examples],
+            y[some],
+            use_gelu=use_gelu,
+            norm_first=norm_first,
+        )
+    return y, 0
 
-    def normed(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        return torch.addcmul(shift, F.layer_norm(y, (embed_dim,), eps=eps), scale)
 
+def _encode(
+    x: Tensor,
+    weights: list[Tensor],
+    num_heads: int,
+    eps: float,
+    blocked: Tensor | None,
+    out: Tensor,
+    *,
+    use_gelu: bool,
+    norm_first: bool,
+) -> None:
+    """Write one layer of (N, B, T, E) into ``out``; ``rows += b; rows += y @ w`` in place."""
+    n, batch, length, embed_dim = x.shape
+    w_qkv, b_qkv, w, b, *norms, w1, b1, w2, b2 = weights
+    n1w, n1b, n2w, n2b = (norm.unsqueeze(1) for norm in norms)
+
+    def normed(y: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
+        y = F.layer_norm(y, (embed_dim,), eps=eps)
+        return torch.addcmul(shift, y, scale, out=y if out is None else out)
+
+    rows = x.reshape(n, batch * length, embed_dim)
     y = normed(rows, n1w, n1b) if norm_first else rows
-    q, k, v = _heads(y.view(shape), w_qkv, b_qkv, num_heads)
-    y = _attend(q, k, v, blocked).reshape(n, -1, embed_dim)
+    q, k, v = _heads(y.view(x.shape), w_qkv, b_qkv, num_heads)
+    y = _attend(q, k, v, blocked).reshape(rows.shape)
     del q, k, v  # the largest tensor of the layer
     rows = (rows + b.unsqueeze(1)).baddbmm_(y, w.mT)
     if not norm_first:
@@ -112,10 +149,11 @@ def encoder_layer(
     y = normed(rows, n2w, n2b) if norm_first else rows
     hidden = torch.baddbmm(b1.unsqueeze(1), y, w1.mT)
     hidden = torch.ops.aten.gelu_(hidden) if use_gelu else hidden.relu_()
-    rows = (rows + b2.unsqueeze(1)).baddbmm_(hidden, w2.mT)
-    if not norm_first:
-        rows = normed(rows, n2w, n2b)
-    return rows.view(shape), 0
+    rows = rows.add_(b2.unsqueeze(1)).baddbmm_(hidden, w2.mT)
+    if norm_first:
+        out.copy_(rows.view(x.shape))
+    else:
+        normed(rows, n2w, n2b, out.view(rows.shape))
 
 
 def _is_plain(mask: Operand | None, x: Operand, *operands: Operand) -> bool:
