@@ -25,6 +25,8 @@ def jax_mlp(scenario: Scenario, models: Any, minibatches: Any) -> Contender:
         import jax
     except ImportError as error:
         raise NotApplicableError("not installed") from error
+    # Computes in float32 whatever it is given, unless it is told; only a check asks for more.
+    jax.config.update("jax_enable_x64", next(models[0].parameters()).dtype == torch.float64)
     names = [name for name, m in models[0].named_modules() if isinstance(m, nn.Linear)]
     weights = {
         f"{name}.{kind}": _stack(models, name, kind)

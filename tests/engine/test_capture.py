@@ -16,6 +16,7 @@ from cases import CASES, N, members
 from oracles import stack_inputs
 from unisono import Ensemble, EnsembleError, EnsembleWarning, UnsupportedModelError, per_member
 from unisono.engine.capture import choice
+from unisono.engine.planner import Planner
 from unisono.engine.tree import leaves
 
 CANDIDATES = ("fused", "turned", "loop")
@@ -39,6 +40,8 @@ def choose(monkeypatch):
             return found
 
         monkeypatch.setattr(choice, "_measure", times)
+        # No plan either: it may store the weights in another order, or take members in chunks.
+        monkeypatch.setattr(Planner, "prepare", lambda self, call, options: options.chunk_size)
 
     return to
 

@@ -10,7 +10,7 @@ BUDGET: Final = 12
 
 # Before each round those leave that took longer than this many times the best. The first run is
 # judged mildly: it may contain what is paid once (fresh memory, kernels that are chosen).
-_STAYS: Final = (4.0, 1.5, 1.2, 1.15, 1.15)
+_STAYS: Final = (4.0, 2.0, 1.5, 1.3, 1.2)
 
 
 def contest(first: Mapping[str, float], run: Callable[[str], float]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from unisono.engine.axis import Operand
 from unisono.engine.rules.layout import for_each_member, unfolded
 
-_CACHED = 1 << 19  # bytes, for the queries, keys and values of the members that run at once
+_CACHED = 1 << 20  # bytes, for the queries, keys and values of the members that run at once
 
 _CAUSAL, _PADDING, _FULL = 0, 1, 2  # what a mask is: (T, S), (B, S) or (B, H, T, S)
 
