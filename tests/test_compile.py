@@ -17,7 +17,7 @@ from torch._dynamo.backends.common import aot_autograd
 import oracles
 from cases import CASES, B, Case, N, members
 from unisono import Ensemble, EnsembleError, per_member
-from unisono.engine import planner
+from unisono.engine.planning import planner
 from unisono.engine.tree import leaves, tree_map
 
 pytestmark = [

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 import distributed_training
 import oracles
-from unisono import Ensemble, EnsembleError, EnsembleWarning, per_member
+from unisono import Ensemble, EnsembleWarning, per_member
 
 X = torch.linspace(-1, 1, 15, dtype=torch.float64).view(5, 3)
 strategies = pytest.mark.parametrize("strategy", ["auto", *oracles.STRATEGIES])
@@ -241,16 +241,43 @@ class Checkpointed(nn.Module):
         return self.last(checkpoint(self.middle, self.first(x), use_reentrant=self.reentrant))
 
 
-@pytest.mark.parametrize(
-    ("strategy", "reentrant"),
-    [("fused", False), ("vmap", False), ("loop", False), ("loop", True)],
-)
-def test_a_checkpoint_inside_the_members_is_refused(strategy: str, reentrant: bool) -> None:
-    ens = Ensemble([Checkpointed(reentrant).double() for _ in range(3)], strategy=strategy)
-    outputs = ens(X)
-    with pytest.raises(EnsembleError, match=r"checkpoint\(ens, x, use_reentrant=False\)"):
-        outputs.square().sum().backward()
-    assert_same_gradients(*make(strategy=strategy))
+@strategies
+@reentrance
+def test_a_checkpoint_inside_the_members(strategy: str, reentrant: bool) -> None:
+    models = [Checkpointed(reentrant).double() for _ in range(3)]
+    ens = Ensemble(models, strategy=strategy)
+    x = X.clone().requires_grad_()
+    with pytest.warns(EnsembleWarning, match=r"checkpoint\(ens, x, use_reentrant=False\)"):
+        ens(x).square().sum().backward()
+    mine, x.grad = x.grad, None
+    sum(model(x).square().sum() for model in models).backward()  # a plain one works as always
+    oracles.assert_gradients_equal(ens, models)
+    torch.testing.assert_close(mine, x.grad)
+
+
+def test_a_checkpoint_beside_a_call_works_as_always() -> None:
+    ens, models = make(strategy="fused")
+    ens(X)
+    counted: list[int] = []
+
+    def counting(x: Tensor) -> Tensor:
+        counted.append(1)
+        return models[0](x)
+
+    checkpoint(counting, X.clone().requires_grad_(), use_reentrant=False).sum().backward()
+    assert len(counted) == 2  # once more in backward
+
+
+@strategies
+@reentrance
+def test_checkpoints_inside_and_around(strategy: str, reentrant: bool) -> None:
+    models = [Checkpointed(False).double() for _ in range(3)]
+    ens = Ensemble(models, strategy=strategy)
+    x = X.clone().requires_grad_()
+    with pytest.warns(EnsembleWarning, match="a member calls torch.utils.checkpoint"):
+        checkpoint(ens, x, use_reentrant=reentrant).square().sum().backward()
+    sum(model(X).square().sum() for model in models).backward()
+    oracles.assert_gradients_equal(ens, models)
 
 
 # Several processes

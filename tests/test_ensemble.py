@@ -456,8 +456,10 @@ def test_a_mark_within_a_mark_is_refused() -> None:
         ({"chunk_size": True}, 'chunk_size is a positive integer, "auto" or None; got True'),
         (
             {"memory_limit": 10},
-            'memory_limit is a positive number of bytes, with chunk_size="auto"; got'
-            " memory_limit=10 with chunk_size=None",
+            (
+                'memory_limit is a positive number of bytes, with chunk_size="auto"; got'
+                " memory_limit=10 with chunk_size=None"
+            ),
         ),
     ],
 )
@@ -499,3 +501,43 @@ def test_calls_from_several_threads() -> None:
     for thread in threads:
         thread.join()
     assert calls == [500] * 8  # a thread that fails stops counting
+
+
+class Masked(nn.Module):
+    """Runs op by op: torch can't index with a mask for all members at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x).clone()
+        y[y > 0] = 0.5
+        return y
+
+
+@pytest.mark.filterwarnings("ignore::unisono.EnsembleWarning")
+def test_threads_with_strategies_of_their_own() -> None:
+    models, masked = nets(), [Masked() for _ in range(3)]
+    ensembles = [Ensemble(models, strategy=s).eval() for s in ("auto", "fused", "vmap", "loop")]
+    ensembles += [Ensemble(models, strategy="fused", chunk_size=2).eval(), Ensemble(masked).eval()]
+    inputs = [torch.randn(2 + t, 4).double() * t for t in range(1, 9)]
+    expected = [[torch.stack([m(x) for m in ens]).detach() for ens in ensembles] for x in inputs]
+    calls: list[int] = [0] * len(inputs)
+    barrier = threading.Barrier(len(inputs))
+
+    def work(thread: int) -> None:
+        barrier.wait()
+        for call in range(500):
+            which = (call + thread) % len(ensembles)
+            with torch.set_grad_enabled(call % 2 == 0):
+                got = ensembles[which](inputs[thread])
+            torch.testing.assert_close(got.detach(), expected[thread][which])
+            calls[thread] += 1
+
+    threads = [threading.Thread(target=work, args=(t,)) for t in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert calls == [500] * 8

@@ -15,7 +15,7 @@ from torch import nn
 
 import unisono
 from unisono import CheckpointError, Ensemble, EnsembleWarning
-from unisono.engine import planner
+from unisono.engine.planning import planner
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ def test_a_loaded_plan_is_used_and_nothing_is_measured(
 CODE = """
 import torch, unisono, sys
 from torch import nn
-from unisono.engine import planner
+from unisono.engine.planning import planner
 ens = unisono.Ensemble([nn.Sequential(nn.Linear(4, 3), nn.ReLU()) for _ in range(4)])
 def loss(member, x):
     return member(x).square().mean()

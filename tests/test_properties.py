@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import oracles
 from cases import CASES, Case, N, members
 from unisono import Ensemble
-from unisono.engine.axis import noted
+from unisono.engine.kernels import noted
 from unisono.engine.rules import BY_MEMBER, RULES
 from unisono.engine.tree import leaves, tree_map
 

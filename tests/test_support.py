@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import oracles
 from unisono import Ensemble, EnsembleWarning, UnsupportedModelError, per_member
-from unisono.engine.axis import noted
+from unisono.engine.kernels import noted
 from unisono.engine.rules import BY_MEMBER, RULES
 from unisono.engine.tree import leaves
 

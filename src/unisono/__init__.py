@@ -3,8 +3,8 @@
 from unisono import combine as combine
 from unisono import plans as plans
 from unisono.engine.inputs import per_member as per_member
-from unisono.engine.plan import OpRecord as OpRecord
-from unisono.engine.plan import Plan as Plan
+from unisono.engine.planning.plan import OpRecord as OpRecord
+from unisono.engine.planning.plan import Plan as Plan
 from unisono.ensemble import Ensemble as Ensemble
 from unisono.errors import CheckpointError as CheckpointError
 from unisono.errors import EnsembleError as EnsembleError

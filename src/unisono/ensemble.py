@@ -13,8 +13,8 @@ from unisono.engine.axis import Randomness
 from unisono.engine.capture import Capture
 from unisono.engine.inputs import check_inputs
 from unisono.engine.parts import Call
-from unisono.engine.plan import Plan, StrategyName
-from unisono.engine.planner import Options, Planner
+from unisono.engine.planning.plan import Plan, StrategyName
+from unisono.engine.planning.planner import Options, Planner
 from unisono.engine.pool import Pool
 from unisono.options import (
     check_build,

@@ -11,7 +11,7 @@ from typing import Any, SupportsIndex, get_args
 from torch import Tensor, nn
 
 from unisono.engine.axis import Randomness
-from unisono.engine.plan import StrategyName
+from unisono.engine.planning.plan import StrategyName
 from unisono.errors import CheckpointError
 
 _STRATEGIES = frozenset(get_args(StrategyName))

@@ -19,8 +19,8 @@ from typing import Any, Final, get_args
 
 import torch
 
-from unisono.engine.plan import MemoryFormat, Plan, RunName
-from unisono.engine.remembered import everything, forget, remember
+from unisono.engine.planning.plan import MemoryFormat, Plan, RunName
+from unisono.engine.planning.remembered import everything, forget, remember
 from unisono.errors import CheckpointError, EnsembleWarning
 
 _FORMAT: Final = 1

@@ -16,7 +16,7 @@ from cases import CASES, N, members
 from oracles import stack_inputs
 from unisono import Ensemble, EnsembleError, EnsembleWarning, UnsupportedModelError, per_member
 from unisono.engine.capture import choice
-from unisono.engine.planner import Planner
+from unisono.engine.planning.planner import Planner
 from unisono.engine.tree import leaves
 
 CANDIDATES = ("fused", "turned", "loop")

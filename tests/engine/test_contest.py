@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unisono.engine.contest import BUDGET, contest
+from unisono.engine.planning.contest import BUDGET, contest
 
 
 class Runs:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unisono import Ensemble, OpRecord, per_member
-from unisono.engine.plan import Plan, seconds
+from unisono.engine.planning.plan import Plan, seconds
 
 
 class Net(nn.Module):

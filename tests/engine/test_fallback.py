@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from unisono import Ensemble, per_member
 from unisono.engine.axis import Randomness
 from unisono.engine.call import fused, in_chunks
-from unisono.engine.conventions import name_of
-from unisono.engine.detour import Detour
-from unisono.engine.fallback import MembersDisagree, op_by_op
+from unisono.engine.opbyop.conventions import name_of
+from unisono.engine.opbyop.detour import Detour
+from unisono.engine.opbyop.fallback import MembersDisagree, op_by_op
+from unisono.engine.opbyop.remedies import detour_text, fallback_text
 from unisono.engine.parts import Call
-from unisono.engine.remedies import detour_text, fallback_text
 from unisono.engine.where import first_sentence
 
 N = 3

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 import unisono
 from unisono import Ensemble, per_member
-from unisono.engine import measuring, planner
-from unisono.engine.plan import Plan
-from unisono.engine.remembered import forget
+from unisono.engine.planning import measuring, planner
+from unisono.engine.planning.plan import Plan
+from unisono.engine.planning.remembered import forget
 
 
 @pytest.fixture(autouse=True)

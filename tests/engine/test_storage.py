@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from unisono import Ensemble
-from unisono.engine.plan import MemoryFormat
-from unisono.engine.storage import adopt, current_format, in_format, is_free
+from unisono.engine.planning.plan import MemoryFormat
+from unisono.engine.planning.storage import adopt, current_format, in_format, is_free
 from unisono.engine.template import Template
 
 

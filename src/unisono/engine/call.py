@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unisono.engine.axis import attach, attach_all, detach, install, member_axis
+from unisono.engine.axis import attach, attach_all, detach, member_axis
 from unisono.engine.inputs import map_inputs, per_member
+from unisono.engine.kernels import install
 from unisono.engine.outputs import check_arguments, check_leaf
 from unisono.engine.parts import Assigned, Call, Parts, Result
 from unisono.engine.rules import BY_MEMBER, RULES

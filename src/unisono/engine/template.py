@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from unisono.engine.attention import has_attention
 from unisono.engine.axis import buffers_of, children_of, hooks_of, is_observed, parameters_of
 from unisono.engine.leaf import shorten
+from unisono.engine.recompute import calls, leave_out_checkpoints
 from unisono.engine.tree import leaves
 from unisono.engine.watch import Kind, State, Watch, Write, check_write
 from unisono.errors import EnsembleError, UnsupportedModelError
@@ -76,6 +77,7 @@ class Template:
         self.has_buffers = any(slot.kind == "buffer" for slot in self.slots)
         self._modes = [(m.__dict__, trees[path].__dict__) for path, m in modules.items()]
         shorten(module)
+        leave_out_checkpoints()
         self._watch = Watch(modules, attributes)
 
     @property
@@ -145,9 +147,11 @@ class _Filled:
 
     def __enter__(self) -> list[Write]:
         self._before = self._template.fill(self._values)
+        calls.running += 1
         return self._writes
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        calls.running -= 1
         found = self._template.empty(self._before, self._values)
         if kind is None:
             self._writes += found

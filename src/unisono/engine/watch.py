@@ -149,6 +149,7 @@ def _items(container: Any) -> Iterable[Any]:
 
 
 def differ(container: Any, content: Any) -> bool:
+    """Whether a container holds other objects than it did."""
     if len(container) != len(content):
         return True
     if isinstance(container, set):

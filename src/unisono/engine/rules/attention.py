@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unisono.engine.axis import Operand, draws_independently
+from unisono.engine.axis import Operand
+from unisono.engine.kernels import draws_independently
 from unisono.engine.rules.layout import for_each_member, members_first
 
 

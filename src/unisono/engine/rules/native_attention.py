@@ -99,33 +99,28 @@ def encoder_layer(
     value = for_each_member(x, n)
     own = [for_each_member(operand, n) for operand in weights]
     blocked = None if mask is None else _blocked(mask, n, value.shape[1], mask_type)
-    size = max(1, min(n, _CACHED // (3 * value[0].nbytes)))
     y = value.new_empty(value.shape)
+    options = (num_heads, eps, use_gelu, norm_first)
+    size = max(1, min(n, _CACHED * n // (3 * value.nbytes)))
+    if size == n or value.device.type != "cpu":
+        _encode(value, own, blocked, y, *options)
+        return y, 0
     batch = value.shape[1]
     for start in range(0, n, size):
         some = slice(start, start + size)
         examples = slice(start * batch, (start + size) * batch)
-        _encode(
-            value[some],
-            [tensor[some] for tensor in own],
-            num_heads,
-            eps,
-            blocked if blocked is None or len(blocked) == 1 else blocked[examples],
-            y[some],
-            use_gelu=use_gelu,
-            norm_first=norm_first,
-        )
+        mine = blocked if blocked is None or len(blocked) == 1 else blocked[examples]
+        _encode(value[some], [tensor[some] for tensor in own], mine, y[some], *options)
     return y, 0
 
 
 def _encode(
     x: Tensor,
     weights: list[Tensor],
-    num_heads: int,
-    eps: float,
     blocked: Tensor | None,
     out: Tensor,
-    *,
+    num_heads: int,
+    eps: float,
     use_gelu: bool,
     norm_first: bool,
 ) -> None:

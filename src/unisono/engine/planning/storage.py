@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unisono.engine.plan import MemoryFormat
+from unisono.engine.planning.plan import MemoryFormat
 from unisono.engine.template import Slot, Template
 from unisono.engine.tree import leaves
 
@@ -73,7 +73,7 @@ def is_free(template: Template, memory_format: MemoryFormat) -> bool:
         return False  # DistributedDataParallel has noted the order, and mixes up the gradients
     slots = _concerned(template, memory_format)
     moved = [slot for slot in slots if _value(slot).stride() != _strides(slot, memory_format)]
-    if any(_value(slot).grad is not None or not _value(slot).is_leaf for slot in moved):
+    if any(not _value(slot).is_leaf or _value(slot).grad is not None for slot in moved):
         return False
     return not _states_of(moved)
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from unisono.engine.attention import NativeAttentionOff
 from unisono.engine.call import Strategy, fused, in_chunks, loop, vmap
-from unisono.engine.detour import Detour
-from unisono.engine.fallback import op_by_op
+from unisono.engine.opbyop.detour import Detour
+from unisono.engine.opbyop.fallback import op_by_op
 from unisono.engine.parts import Call, Result
-from unisono.engine.plan import Plan, RunName
+from unisono.engine.planning.plan import Plan, RunName
 from unisono.engine.template import Template
 
 STRATEGIES: Final[Mapping[RunName, Strategy]] = {"fused": fused, "vmap": vmap, "loop": loop}

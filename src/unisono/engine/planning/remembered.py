@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 
-from unisono.engine.plan import Plan
+from unisono.engine.planning.plan import Plan
 
 _plans: dict[str, Plan] = {}
 _lock = threading.Lock()

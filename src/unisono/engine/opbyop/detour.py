@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from unisono.engine import rng
-from unisono.engine.axis import attach, below, detach, for_each_member, is_innermost
-from unisono.engine.conventions import MAKES_TENSORS, NOT_OF_PARTS, name_of, written_by
-from unisono.engine.derivatives import ON_STACKED, backward_of_members, grad_of_members
+from unisono.engine.axis import attach, below, detach, is_innermost
+from unisono.engine.kernels import for_each_member
+from unisono.engine.opbyop.conventions import MAKES_TENSORS, NOT_OF_PARTS, name_of, written_by
+from unisono.engine.opbyop.derivatives import ON_STACKED, backward_of_members, grad_of_members
 from unisono.engine.parts import Call
 from unisono.engine.tree import leaves, transpose, tree_map
 from unisono.engine.where import first_sentence, place

@@ -14,19 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unisono.engine.axis import (
-    at_trace_time,
-    install,
-    rules_end,
-    rules_start,
-    set_native_attention,
-)
+from unisono.engine.axis import at_trace_time, rules_end, rules_start, set_native_attention
+from unisono.engine.kernels import install
 from unisono.engine.parts import Call
-from unisono.engine.plan import StrategyName
+from unisono.engine.planning.plan import StrategyName
 from unisono.engine.pool import Pool
 from unisono.engine.rules import BY_MEMBER, RULES
-from unisono.engine.traced_member import Place, keep, places_of, run_member
-from unisono.engine.traced_tree import filled, inputs_of, tensors_of
+from unisono.engine.traced.member import Place, keep, places_of, run_member
+from unisono.engine.traced.tree import filled, inputs_of, tensors_of
 from unisono.engine.watch import Write
 
 Run = tuple[Any, list[Write]]

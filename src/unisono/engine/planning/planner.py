@@ -13,17 +13,16 @@ from torch import Tensor
 
 from unisono.engine import rng
 from unisono.engine.axis import is_end_of_recomputation
-from unisono.engine.chunking import chunk_within, sizes_of
-from unisono.engine.detour import Detour
-from unisono.engine.explain import ops_of
-from unisono.engine.measuring import measure, why_not_measured
+from unisono.engine.opbyop.detour import Detour
+from unisono.engine.opbyop.remedies import detour_text, fallback_text
 from unisono.engine.parts import Call, Result
-from unisono.engine.plan import Plan, RunName, StrategyName
-from unisono.engine.pool import Pool
-from unisono.engine.remedies import detour_text, fallback_text
-from unisono.engine.remembered import recall, remember
-from unisono.engine.running import run, run_or_restore
-from unisono.engine.signature import (
+from unisono.engine.planning.chunking import chunk_within, sizes_of
+from unisono.engine.planning.explain import ops_of
+from unisono.engine.planning.measuring import measure, why_not_measured
+from unisono.engine.planning.plan import Plan, RunName, StrategyName
+from unisono.engine.planning.remembered import recall, remember
+from unisono.engine.planning.running import run, run_or_restore
+from unisono.engine.planning.signature import (
     Signature,
     as_text,
     fingerprint,
@@ -31,10 +30,11 @@ from unisono.engine.signature import (
     quick_key,
     signature_of,
 )
-from unisono.engine.storage import adopt, current_format, demanded_format, is_free
+from unisono.engine.planning.storage import adopt, current_format, demanded_format, is_free
+from unisono.engine.pool import Pool
 from unisono.engine.store import store
 from unisono.engine.template import Template
-from unisono.engine.traced import run_traced
+from unisono.engine.traced.call import run_traced
 from unisono.engine.where import caller_level, locate
 from unisono.errors import EnsembleWarning, UnsupportedModelError
 
@@ -245,7 +245,7 @@ class Planner:
                     else detour_text(template, call, detours, first)
                 )
                 return result
-        raise first
+        raise error if isinstance(error, UnsupportedModelError) else first
 
     def _replace(self, signature: Signature, plan: Plan) -> None:
         self._plans[signature] = plan

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from unisono.engine.axis import buffers_of, parameters_of
 from unisono.engine.parts import Call
 from unisono.engine.pool import Pool
-from unisono.engine.traced_tree import filled, inputs_of, tensors_of
+from unisono.engine.traced.tree import filled, inputs_of, tensors_of
 from unisono.engine.watch import ABSENT, BOOKKEEPING, Kind, Write, check_write, differ
 from unisono.errors import EnsembleError
 

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from unisono.engine.call import first_members
 from unisono.engine.inputs import tensors_in
-from unisono.engine.measuring import why_not_measured
-from unisono.engine.memory import Footprint, fitting_chunk, footprint, free_bytes
 from unisono.engine.parts import Call, Result
-from unisono.engine.plan import Plan, RunName
-from unisono.engine.rehearsal import Rehearsal
-from unisono.engine.running import run
+from unisono.engine.planning.measuring import why_not_measured
+from unisono.engine.planning.memory import Footprint, fitting_chunk, footprint, free_bytes
+from unisono.engine.planning.plan import Plan, RunName
+from unisono.engine.planning.rehearsal import Rehearsal
+from unisono.engine.planning.running import run
 from unisono.engine.template import Template
 from unisono.engine.where import caller_level
 from unisono.errors import EnsembleWarning

@@ -17,8 +17,8 @@ from unisono.engine.axis import hooks_of
 from unisono.engine.call import Strategy
 from unisono.engine.inputs import tensors_in
 from unisono.engine.parts import Call
-from unisono.engine.plan import MemoryFormat
-from unisono.engine.storage import in_format
+from unisono.engine.planning.plan import MemoryFormat
+from unisono.engine.planning.storage import in_format
 from unisono.engine.template import Template
 from unisono.engine.tree import leaves
 
@@ -72,12 +72,17 @@ class Rehearsal:
     def _backward(self, outputs: Any, values: Sequence[Any]) -> None:
         ends = [leaf for _, leaf in leaves(outputs) if isinstance(leaf, Tensor)]
         ends = [leaf for leaf in ends if leaf.requires_grad]
-        given = [leaf for _, leaf in leaves(values) if isinstance(leaf, Tensor)]
-        given += tensors_in(self._call.args, self._call.kwargs)
-        starts = {id(leaf): leaf for leaf in given if leaf.is_leaf and leaf.requires_grad}
+        tensors = [leaf for _, leaf in leaves(values) if isinstance(leaf, Tensor)]
+        tensors += tensors_in(self._call.args, self._call.kwargs)
+        starts = {id(leaf): leaf for leaf in tensors if leaf.is_leaf and leaf.requires_grad}
         if ends and starts:
             slopes = [torch.ones_like(end) for end in ends]
-            torch.autograd.grad(ends, list(starts.values()), slopes, allow_unused=True)
+            given = list(starts.values())
+            grads = torch.autograd.grad(ends, given, slopes, allow_unused=True)
+            for start, grad in zip(given, grads, strict=True):
+                # A parameter's gradient is kept in the parameter's order, by a copy if need be.
+                if grad is not None and grad.stride() != start.stride():
+                    torch.empty_like(start, requires_grad=False).copy_(grad)
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:

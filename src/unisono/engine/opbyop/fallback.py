@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from unisono.engine.call import at_once
-from unisono.engine.detour import Detour, Detours, Stop
-from unisono.engine.functions import FunctionsByMember
 from unisono.engine.inputs import PerMember
+from unisono.engine.opbyop.detour import Detour, Detours, Stop
+from unisono.engine.opbyop.functions import FunctionsByMember
 from unisono.engine.parts import Call, Result
 from unisono.engine.template import Template
 from unisono.engine.tree import tree_map

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from unisono.engine.detour import Detour
-from unisono.engine.fallback import MembersDisagree
+from unisono.engine.opbyop.detour import Detour
+from unisono.engine.opbyop.fallback import MembersDisagree
 from unisono.engine.parts import Call
 from unisono.engine.template import Template
 from unisono.engine.where import first_sentence, locate

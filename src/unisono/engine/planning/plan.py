@@ -50,6 +50,10 @@ class OpRecord:
         how: ``"rule"`` of unisono, batching rule of ``"torch"``, or ``"member"`` by member.
         rule: The function of unisono that ran it, empty where none did.
         share: Share of the time of the forward, between 0 and 1.
+
+    Example:
+        >>> OpRecord("fc1", "linear", "rule", "linear", 0.6).path
+        'fc1'
     """
 
     path: str
@@ -72,6 +76,17 @@ class Plan:
             ``"channels_last"``, or the weights of linear layers ``"transposed"``.
         op_by_op: Whether some op can't run for all members at once and goes one by one.
         ops: The ops of the forward in order; filled by `Ensemble.explain` only.
+
+    Example:
+        >>> plan = Plan("fused", None, "the fastest", {"fused": 1e-4, "loop": 5e-4})
+        >>> print(plan)
+        Plan: fused
+          the fastest
+        <BLANKLINE>
+          candidate    time
+          ---------  ------
+          fused      100 us
+          loop       500 us
     """
 
     strategy: RunName

@@ -16,11 +16,12 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from unisono.engine import rng
 from unisono.engine.attention import native_layers
-from unisono.engine.axis import Note, noted, without_modes
+from unisono.engine.axis import without_modes
+from unisono.engine.kernels import Note, noted
 from unisono.engine.parts import Call, Result
-from unisono.engine.plan import How, OpRecord, Plan, RunName
-from unisono.engine.rehearsal import Rehearsal
-from unisono.engine.running import run
+from unisono.engine.planning.plan import How, OpRecord, Plan, RunName
+from unisono.engine.planning.rehearsal import Rehearsal
+from unisono.engine.planning.running import run
 from unisono.engine.template import Template
 
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from unisono.engine.axis import is_observed
-from unisono.engine.contest import contest
 from unisono.engine.inputs import tensors_in
 from unisono.engine.parts import Call
-from unisono.engine.plan import Candidate, MemoryFormat, Plan
-from unisono.engine.rehearsal import Rehearsal
-from unisono.engine.running import run
-from unisono.engine.storage import current_format, formats_of, is_free
+from unisono.engine.planning.contest import contest
+from unisono.engine.planning.plan import Candidate, MemoryFormat, Plan
+from unisono.engine.planning.rehearsal import Rehearsal
+from unisono.engine.planning.running import run
+from unisono.engine.planning.storage import current_format, formats_of, is_free
 from unisono.engine.template import Template
 from unisono.engine.tree import leaves
 

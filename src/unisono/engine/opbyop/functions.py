@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from unisono.engine.detour import Detours
+from unisono.engine.opbyop.detour import Detours
 
 _FUNCTION: Any = torch.autograd.Function
 
