@@ -16,6 +16,7 @@ from cases import CASES, N, members
 from oracles import stack_inputs
 from unisono import Ensemble, EnsembleError, EnsembleWarning, UnsupportedModelError, per_member
 from unisono.engine.capture import choice
+from unisono.engine.planning import measuring
 from unisono.engine.planning.planner import Planner
 from unisono.engine.tree import leaves
 
@@ -773,3 +774,24 @@ def test_on_a_gpu():
     with torch.no_grad():
         ens.members["0"].weight.mul_(2)
     torch.testing.assert_close(captured(y), plain_call(ens, y))
+
+
+def test_a_capture_makes_the_plan_first(monkeypatch):
+    times = {"fused, transposed": 1.0, "fused": 2.0, "loop": 3.0}
+    monkeypatch.setattr(measuring, "contest", lambda first, run: times)
+    ens = ensemble(strategy="auto")
+    x = torch.randn(5, 3)
+    predict = ens.capture(x)
+    assert not ens.members.get_parameter("0.weight").is_contiguous()
+    code = predict.code
+    ens(x)
+    torch.testing.assert_close(predict(x), plain_call(ens, x))
+    assert predict.code == code  # nothing has to be recorded anew
+
+
+def test_chunks_of_the_plan_are_recorded(monkeypatch):
+    times = {"fused, 2 at a time, transposed": 1.0, "fused": 2.0, "loop": 3.0}
+    monkeypatch.setattr(measuring, "contest", lambda first, run: times)
+    ens = ensemble(n=4, strategy="auto")
+    x = torch.randn(5, 3)
+    torch.testing.assert_close(ens.capture(x)(x), plain_call(ens, x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import oracles
 from unisono import Ensemble, per_member
 from unisono.engine import leaf
 
@@ -127,3 +130,120 @@ def test_members_taken_out_are_ordinary_modules() -> None:
     ens(X)
     for member in (ens[0], ens.unstack()[0]):
         assert "forward" not in vars(member)
+
+
+# Chains of layers
+
+
+def chain(*layers: nn.Module) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(*copy.deepcopy(layers)).double()
+
+
+CHAINS = {
+    "linear and activations": chain(
+        nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2), nn.Sigmoid()
+    ),
+    "an activation first": chain(nn.ReLU(), nn.Linear(4, 2)),
+    "activations only": chain(nn.Tanh(), nn.ReLU()),
+    "other layers between": chain(
+        nn.Linear(4, 6), nn.ReLU(), nn.LayerNorm(6), nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 2)
+    ),
+    "in each other": chain(nn.Sequential(nn.Linear(4, 6), nn.ReLU()), nn.Linear(6, 2)),
+    "in place by itself": chain(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 2)),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per member"])
+def test_a_chain_equals_the_loop(name: str, shared: bool) -> None:
+    models = [CHAINS[name]() for _ in range(3)]
+    for model in models:
+        for parameter in model.parameters():
+            nn.init.normal_(parameter)
+    ens = Ensemble(models, strategy="fused")
+    xs = torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True)
+    given = xs[0].detach().clone().requires_grad_() if shared else xs
+    outputs = ens(given if shared else per_member(given))
+    expected = torch.stack([m(given if shared else given[i]) for i, m in enumerate(models)])
+    torch.testing.assert_close(outputs, expected)
+    weights = torch.randn_like(expected)
+    (mine,) = torch.autograd.grad(outputs, given, weights, retain_graph=True)
+    (theirs,) = torch.autograd.grad(expected, given, weights, retain_graph=True)
+    torch.testing.assert_close(mine, theirs)
+    if list(ens.parameters()):
+        (outputs * weights).sum().backward()
+        (expected * weights).sum().backward()
+        oracles.assert_gradients_equal(ens, models)
+
+
+class Recording(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.ops.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_activations_between_layers_are_in_place(grad: bool) -> None:
+    models = [CHAINS["linear and activations"]() for _ in range(3)]
+    ens = Ensemble(models, strategy="fused")
+    with torch.set_grad_enabled(grad), Recording() as mode:
+        ens(X.double())
+    assert [op for op in mode.ops if op in ("relu_", "tanh_", "sigmoid_")] == [
+        "relu_", "tanh_", "sigmoid_"
+    ]  # fmt: skip
+    assert not {"relu", "tanh", "sigmoid"} & set(mode.ops)
+
+
+def test_the_input_is_never_written_to() -> None:
+    models = [CHAINS["an activation first"]() for _ in range(3)]
+    xs = torch.randn(3, 5, 4, dtype=torch.float64)
+    before = xs.clone()
+    Ensemble(models, strategy="fused")(per_member(xs))
+    assert torch.equal(xs, before)
+
+
+def test_a_hook_on_a_layer_sees_what_the_layer_returned() -> None:
+    models = [CHAINS["linear and activations"]() for _ in range(3)]
+    seen: list[Tensor] = []
+    note.seen = []  # type: ignore[attr-defined]
+    for model in models:
+        model[0].register_forward_hook(keep)  # type: ignore[index]
+    keep.seen = seen  # type: ignore[attr-defined]
+    outputs = Ensemble(models, strategy="fused").run(hidden, X.double())
+    expected = torch.stack([model[0](X.double()) for model in models])  # type: ignore[index]
+    torch.testing.assert_close(outputs, expected)
+
+
+def keep(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+    keep.seen.append(output)  # type: ignore[attr-defined]
+
+
+def hidden(member: nn.Module, x: Tensor) -> Tensor:
+    keep.seen.clear()  # type: ignore[attr-defined]
+    member(x)
+    return keep.seen[0]  # type: ignore[attr-defined, no-any-return]
+
+
+def test_an_error_names_the_layer() -> None:
+    ens = Ensemble([nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(5, 2)) for _ in range(3)])
+    ens.strategy = "fused"
+    with pytest.raises(RuntimeError, match="Expected size") as info:
+        ens(X)
+    assert "raised in `2` (Linear)" in info.value.__notes__[0]
+
+
+def test_hooks_for_every_module_of_the_process_are_run() -> None:
+    ens = Ensemble([CHAINS["linear and activations"]() for _ in range(3)], strategy="fused")
+    called: list[str] = []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, *_: called.append(type(module).__name__)
+    )
+    try:
+        ens(X.double())
+    finally:
+        handle.remove()
+    assert called[:3] == ["Linear", "ReLU", "Linear"]

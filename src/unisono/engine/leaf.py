@@ -2,12 +2,12 @@
 
 The way through ``F.linear`` and torch's dispatcher to the rule costs about as much as a small
 matrix product. Between the layers of an ``nn.Sequential`` nobody sees the intermediate results, so
-there an activation can also write its result to where it was read from: half the fresh memory.
+there an activation also writes its result to where it was read from: half the fresh memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import torch
@@ -25,27 +25,29 @@ from unisono.engine.axis import (
 from unisono.engine.kernels import run_chain, run_rule
 from unisono.engine.rules.linear import linear
 
-# Their derivatives are functions of the result, so autograd, too, can do without the input.
-_IN_PLACE: Final[dict[type[nn.Module], Callable[[Tensor], Tensor]]] = {
-    nn.ReLU: torch.relu_,
-    nn.Tanh: torch.tanh_,
-    nn.Sigmoid: torch.sigmoid_,
+Activation = Callable[[Tensor], Tensor]
+
+# In place and not. Their derivatives are functions of the result, so autograd, too, can do without
+# the input.
+_ACTIVATIONS: Final[Mapping[type[nn.Module], tuple[Activation, Activation]]] = {
+    nn.ReLU: (torch.relu_, torch.relu),
+    nn.Tanh: (torch.tanh_, torch.tanh),
+    nn.Sigmoid: (torch.sigmoid_, torch.sigmoid),
 }
 
 
 def shorten(module: nn.Module) -> None:
-    """Let the linear layers of a template, and chains of them, call their rule directly.
+    """Let the linear layers of a template, and chains of layers, take the short way.
 
     Only layers of torch's own classes, with nothing exchanged: not a subclass, nor one whose
     weight is computed by a hook or a parametrization.
     """
-    for each in module.modules():
-        if "forward" in vars(each):
-            continue
-        if type(each) is nn.Linear and _is_plain(each):
-            each.forward = LinearForward(each)  # type: ignore[method-assign]
-        elif type(each) is nn.Sequential and len(each) > 1:
+    for each in module.modules():  # a Sequential before its layers
+        if type(each) is nn.Sequential and "forward" not in vars(each):
             each.forward = SequentialForward(list(each))  # type: ignore[method-assign]
+        elif type(each) is nn.Linear and "forward" not in vars(each):
+            if {"weight", "bias"} <= parameters_of(each).keys():
+                each.forward = LinearForward(each)  # type: ignore[method-assign]
 
 
 class LinearForward:
@@ -63,22 +65,21 @@ class LinearForward:
 
 
 class SequentialForward:
-    """``forward`` of one ``nn.Sequential`` of a template: runs of simple layers in one go."""
+    """``forward`` of one ``nn.Sequential`` of a template."""
 
     __slots__ = ("_modules", "_parts")
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = modules
         self._parts: list[nn.Module | _Chain] = []
-        run: list[nn.Module] = []
-        for module in [*modules, None]:
-            if module is not None and _is_simple(module):
-                run.append(module)
+        chain: list[nn.Module] = []
+        for module in modules:
+            if _is_plain(module) or (chain and type(module) in _ACTIVATIONS and _is_unseen(module)):
+                chain.append(module)
                 continue
-            # An activation that comes first may not write to what the layer before has returned.
-            self._parts += [_Chain(run)] if any(type(m) is nn.Linear for m in run) else run
-            self._parts += [] if module is None else [module]
-            run = []
+            self._parts += [_Chain(chain), module] if chain else [module]
+            chain = []
+        self._parts += [_Chain(chain)] if chain else []
 
     def __call__(self, input: Tensor) -> Tensor:
         """The layers one after another."""
@@ -88,18 +89,15 @@ class SequentialForward:
 
 
 class _Chain:
-    """Linear layers and activations between which nobody looks."""
+    """A linear layer, and linear layers and activations behind it, between which nobody looks."""
 
-    __slots__ = ("_modules", "_steps")
+    __slots__ = ("_steps",)
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._modules = list(modules)
-        self._steps = [
-            (parameters_of(m) if type(m) is nn.Linear else None, _IN_PLACE.get(type(m)))
-            for m in modules
-        ]
+        self._steps = [(module, _ACTIVATIONS.get(type(module))) for module in modules]
 
     def __call__(self, x: Tensor) -> Tensor:
+        """The layers one after another."""
         if type(x) is Tensor:
             try:
                 result = run_chain(self._run, x)
@@ -109,34 +107,34 @@ class _Chain:
                 result = None  # the layers one by one will say which of them is wrong
             if result is not None:
                 return result
-        for module in self._modules:
+        for module, _ in self._steps:
             x = module(x)
         return x
 
     def _run(self, n: int, x: Operand, level: int) -> Operand | None:
-        is_fresh = False
-        for parameters, activation in self._steps:
-            if parameters is None:
-                assert activation is not None
-                value = activation(x[0] if is_fresh else x[0].clone())
-                x, is_fresh = (value, x[1]), True
+        for module, activation in self._steps:
+            if activation is not None:
+                # With more axes it is a view, of which autograd would copy the whole.
+                in_place = x[0].dim() == 3 or not torch.is_grad_enabled()
+                x = activation[0 if in_place else 1](x[0]), x[1]
                 continue
-            weight, bias = parameters["weight"], parameters["bias"]
+            own = parameters_of(module)
+            weight, bias = own["weight"], own["bias"]
             assert weight is not None
             result = linear(
                 n, x, unwrap(weight, level), None if bias is None else unwrap(bias, level)
             )
             if result is None:
                 return None
-            x, is_fresh = result, True
+            x = result
         return x
 
 
-def _is_simple(module: nn.Module) -> bool:
-    if any(hooks_of(module)) or (type(module) is not nn.Linear and "forward" in vars(module)):
-        return False
-    return (type(module) is nn.Linear and _is_plain(module)) or type(module) in _IN_PLACE
+def _is_plain(module: nn.Module) -> bool:
+    names = parameters_of(module)
+    return type(module) is nn.Linear and {"weight", "bias"} <= names.keys() and _is_unseen(module)
 
 
-def _is_plain(module: nn.Linear) -> bool:
-    return {"weight", "bias"} <= parameters_of(module).keys()
+def _is_unseen(module: nn.Module) -> bool:
+    """Whether nothing but the layer's own forward learns of its result."""
+    return not any(hooks_of(module)) and "forward" not in vars(module)

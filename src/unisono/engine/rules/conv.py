@@ -52,7 +52,7 @@ def conv(
         return _on_shared_input(convolve, n, x[0], members_first(weight), bias, options, groups)
     b = None if bias is None else folded(bias, 0, n)
     if is_channels_last(weight):
-        y = convolve(channels_last(x, n), _filters(weight), b, *options, n * groups)
+        y = convolve(channels_last(x, n), _filters(weight[0]), b, *options, n * groups)
     elif groups == 1 and weight[1] is not None and is_large(n, x[0], weight[0], stride):
         return one_by_one(convolve, n, x, weight, bias, options)
     else:
@@ -76,7 +76,8 @@ def _on_shared_input(
     """
     b = None if bias is None else for_each_member(bias, n)
     if groups == 1:
-        y = convolve(x, folded((weight, 0), 0, n), None if b is None else b.flatten(), *options, 1)
+        w = _filters(weight) if is_channels_last((weight, 0)) else folded((weight, 0), 0, n)
+        y = convolve(x, w, None if b is None else b.flatten(), *options, 1)
         return unfolded(y, 1, n), 1
 
     def side_by_side(filters: Tensor) -> Tensor:
@@ -105,12 +106,11 @@ def channels_last(x: Operand, n: int) -> Tensor:
     return y.movedim(-1, 1)
 
 
-def _filters(weight: Operand) -> Tensor:
+def _filters(value: Tensor) -> Tensor:
     """(N, O, C, *) -> (N * O, C, *) with the very strides, also of an axis of length 1.
 
     Convolutions look at them to see which order is meant; a view would make them up anew.
     """
-    value = weight[0]
     if value.shape[2] > 1:
         return value.flatten(0, 1)
     shape = (value.shape[0] * value.shape[1], *value.shape[2:])

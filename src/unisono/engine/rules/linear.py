@@ -41,4 +41,6 @@ def linear(n: int, x: Operand, weight: Operand, bias: Operand | None = None) -> 
     else:
         b = members_first(bias)
         y = torch.baddbmm(b.unsqueeze(1) if bias_is_stacked else b, rows, w.mT)
-    return y if batch_shape is None else y.view(n, *batch_shape, w.shape[1]), 0
+    if batch_shape is None or len(batch_shape) == 1:
+        return y, 0
+    return y.view(n, *batch_shape, w.shape[1]), 0
