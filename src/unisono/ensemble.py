@@ -208,9 +208,9 @@ class Ensemble(nn.Module):
             **kwargs: As for a call.
 
         Returns:
-            The plan: strategy, chunk size, reason, the candidates' times in seconds, and for each
-            op of the forward where it stands, how it ran, and its share of the time. It prints
-            as a table.
+            The plan of the call with strategy, chunk size, reason, the candidates' times in
+            seconds, and for each op of the forward where it stands, how it ran, and its share of
+            the time. It prints as a table.
 
         Raises:
             ValueError: If a marked tensor has no member axis of length N.
