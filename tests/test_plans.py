@@ -15,7 +15,7 @@ from torch import nn
 
 import unisono
 from unisono import CheckpointError, Ensemble, EnsembleWarning
-from unisono.engine.planning import planner
+from unisono.engine.planning import measuring
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def test_a_loaded_plan_is_used_and_nothing_is_measured(
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("measured")
 
-    monkeypatch.setattr(planner, "measure", refuse)
+    monkeypatch.setattr(measuring, "measure", refuse)
     assert unisono.plans.load(file) == 1
     found = make().explain(X)
     assert (found.strategy, found.chunk_size, found.candidates) == (
@@ -55,13 +55,13 @@ def test_a_loaded_plan_is_used_and_nothing_is_measured(
 CODE = """
 import torch, unisono, sys
 from torch import nn
-from unisono.engine.planning import planner
+from unisono.engine.planning import measuring
 ens = unisono.Ensemble([nn.Sequential(nn.Linear(4, 3), nn.ReLU()) for _ in range(4)])
 def loss(member, x):
     return member(x).square().mean()
 if sys.argv[2] == "load":
     assert unisono.plans.load(sys.argv[1]) == 2
-    planner.measure = None
+    measuring.measure = None
 for fn in (lambda: ens(torch.zeros(8, 4)), lambda: ens.run(loss, torch.zeros(8, 4))):
     fn()
 if sys.argv[2] == "save":

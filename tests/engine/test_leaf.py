@@ -143,6 +143,9 @@ CHAINS = {
     "linear and activations": chain(
         nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2), nn.Sigmoid()
     ),
+    "activations behind each other": chain(
+        nn.Linear(4, 6), nn.ReLU(), nn.Tanh(), nn.Linear(6, 2), nn.Sigmoid(), nn.ReLU()
+    ),
     "an activation first": chain(nn.ReLU(), nn.Linear(4, 2)),
     "activations only": chain(nn.Tanh(), nn.ReLU()),
     "other layers between": chain(

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import unisono
 from unisono import Ensemble, per_member
-from unisono.engine.planning import measuring, planner
+from unisono.engine.planning import measuring
 from unisono.engine.planning.plan import Plan
 from unisono.engine.planning.remembered import forget
 
@@ -36,7 +36,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         made.append(plan.strategy)
         return plan
 
-    monkeypatch.setattr(planner, "measure", counted)
+    monkeypatch.setattr(measuring, "measure", counted)
     return made
 
 

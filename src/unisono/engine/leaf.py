@@ -112,11 +112,15 @@ class _Chain:
         return x
 
     def _run(self, n: int, x: Operand, level: int) -> Operand | None:
+        grad = torch.is_grad_enabled()
+        is_product = False
         for module, activation in self._steps:
             if activation is not None:
-                # With more axes it is a view, of which autograd would copy the whole.
-                in_place = x[0].dim() == 3 or not torch.is_grad_enabled()
-                x = activation[0 if in_place else 1](x[0]), x[1]
+                # Backward needs the result of an activation, so the next one must not write to
+                # it. And a product with more axes is a view, of which autograd copies the whole.
+                in_place, out_of_place = activation
+                can_write = not grad or (is_product and x[0].dim() == 3)
+                x, is_product = ((in_place if can_write else out_of_place)(x[0]), x[1]), False
                 continue
             own = parameters_of(module)
             weight, bias = own["weight"], own["bias"]
@@ -126,7 +130,7 @@ class _Chain:
             )
             if result is None:
                 return None
-            x = result
+            x, is_product = result, True
         return x
 
 

@@ -167,9 +167,9 @@ class _Resting(Tensor):
         if func.__name__ == "__get__":
             return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         raise EnsembleError(
-            "ens(...): a part of the member ran again after the call, when it has no tensors, as"
-            " torch.utils.checkpoint inside of a member does in backward; checkpoint the ensemble"
-            " instead: checkpoint(ens, x, use_reentrant=False)"
+            "ens(...): a part of the member ran after the call, when it has no tensors, as a hook"
+            " that forward puts on a tensor does in backward; read what it needs in forward:"
+            " weight = self.weight"
         )
 
 

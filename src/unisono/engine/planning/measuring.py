@@ -19,6 +19,7 @@ from unisono.engine.planning.running import run
 from unisono.engine.planning.storage import current_format, formats_of, is_free
 from unisono.engine.template import Template
 from unisono.engine.tree import leaves
+from unisono.errors import UnsupportedModelError
 
 # Ways whose times differ by no more than this factor count as equally fast.
 _TIE = 1.03
@@ -78,6 +79,25 @@ def measure(
     best = _choose(template, candidates, times, stored)
     plan = _plan(best, _reason(best, times, stored), op_by_op=op_by_op)
     return replace(plan, candidates=times)
+
+
+def measure_either_way(
+    template: Template, call: Call, chunk_size: int | None
+) -> tuple[Plan, Exception | None]:
+    """A measured plan; op by op, and why, if the members can't all run at once.
+
+    If they can't be timed so either, the call itself will show what is wrong.
+    """
+    failure: Exception | None = None
+    for op_by_op in (False, True):
+        try:
+            return measure(template, call, chunk_size, op_by_op=op_by_op), failure
+        except UnsupportedModelError as error:
+            failure = error
+            break
+        except Exception as error:
+            failure = failure or error
+    return Plan("fused", chunk_size, "it could not be timed"), failure
 
 
 def _plan(way: Candidate, reason: str, *, op_by_op: bool) -> Plan:

@@ -18,7 +18,7 @@ from unisono.engine.opbyop.remedies import detour_text, fallback_text
 from unisono.engine.parts import Call, Result
 from unisono.engine.planning.chunking import chunk_within, sizes_of
 from unisono.engine.planning.explain import ops_of
-from unisono.engine.planning.measuring import measure, why_not_measured
+from unisono.engine.planning.measuring import measure_either_way, why_not_measured
 from unisono.engine.planning.plan import Plan, RunName, StrategyName
 from unisono.engine.planning.remembered import recall, remember
 from unisono.engine.planning.running import run, run_or_restore
@@ -125,16 +125,16 @@ class Planner:
         template = self.pool.take()
         try:
             choice = self._choice(template, template.values(), call, options)
-            plan: Plan | None = choice.plan
-            while plan is not None:
+            plan = choice.plan
+            while True:
                 plan = replace(plan, memory_format=current_format(template))
                 try:
                     return replace(plan, ops=ops_of(plan, template, call))
                 except Exception as error:
-                    plan = _instead(plan, choice, error, template)
-                    if plan is None:
+                    instead = _instead(plan, choice, error, template)
+                    if instead is None:
                         raise
-            raise AssertionError("unreachable: a plan without successor raises")
+                    plan = instead
         finally:
             self.pool.give_back(template)
 
@@ -206,9 +206,10 @@ class Planner:
                 adopt(template, demanded_format(template))
             key = self._key(signature, template)
             plan, failure = recall(key), None
-            if plan is None or plan.op_by_op:
-                plan, failure = _measured(template, call, chunk_size)
-                remember({key: plan} if plan.candidates else {})
+            if plan is None or plan.op_by_op:  # what fails has to be found again, to be told
+                plan, failure = measure_either_way(template, call, chunk_size)
+                if plan.candidates:
+                    remember({key: plan})
             if is_free(template, plan.memory_format):
                 adopt(template, plan.memory_format)
             return Choice(signature, plan, is_new=True, failure=failure)
@@ -299,22 +300,6 @@ def _instead(plan: Plan, choice: Choice, error: Exception, template: Template) -
     if choice.forbids_loop:
         return None
     return Plan("loop", None, reason)
-
-
-def _measured(
-    template: Template, call: Call, chunk_size: int | None
-) -> tuple[Plan, Exception | None]:
-    """A plan, and why it is op by op if it is; the call itself will show what else is wrong."""
-    failure: Exception | None = None
-    for op_by_op in (False, True):
-        try:
-            return measure(template, call, chunk_size, op_by_op=op_by_op), failure
-        except UnsupportedModelError as error:
-            failure = error
-            break
-        except Exception as error:
-            failure = failure or error
-    return Plan("fused", chunk_size, "it could not be timed"), failure
 
 
 def _warn(text: str) -> None:

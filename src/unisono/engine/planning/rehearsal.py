@@ -40,10 +40,9 @@ class Rehearsal:
             _stand_in(value, slot.kind == "buffer")
             for slot, value in zip(template.slots, template.values(), strict=True)
         ]
-        self._call = call._replace(
-            args=tuple(copied(arg) for arg in call.args),
-            kwargs={name: copied(arg) for name, arg in call.kwargs.items()},
-        )
+        # In one go: attention asks whether queries and keys are one and the same object.
+        args, kwargs = copied((call.args, dict(call.kwargs)))
+        self._call = call._replace(args=args, kwargs=kwargs)
         self._formats: dict[MemoryFormat, list[Any]] = {}
         self._devices = rng.devices_of(self._values)
 
