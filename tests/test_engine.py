@@ -532,3 +532,17 @@ def test_lists_and_dicts_changed_in_place_belong_to_each_member(strategy: str) -
     assert len(ens.members.history) == 3
     assert ens.members.history[2].shape == (3, 5, 3)
     torch.testing.assert_close(ens[1].history, models[1].history)
+
+
+def test_an_lstm_takes_its_weights_without_making_its_list_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    models = [nn.LSTM(3, 4).double() for _ in range(3)]
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    expected = torch.stack([model(x)[0] for model in models])
+    ens = Ensemble(models, strategy="fused")
+    ens(x)
+    made: list[object] = []
+    monkeypatch.setattr(nn.RNNBase, "_init_flat_weights", lambda self: made.append(self))
+    torch.testing.assert_close(ens(x)[0], expected)
+    assert made == []

@@ -194,6 +194,15 @@ def non_persistent_buffers_of(module: nn.Module) -> set[str]:
     return module._non_persistent_buffers_set
 
 
+def trust_flat_weights(module: nn.RNNBase) -> None:
+    """Let a recurrent layer take its flat list of weights as it stands.
+
+    Before each call it looks whether its parameters are still those of the list, and makes the
+    list anew if not. Of a weight that it has no reference to it takes the one in the list.
+    """
+    module._flat_weight_refs = [None] * len(module._flat_weights)
+
+
 def hooks_of(module: nn.Module) -> tuple[dict[int, Callable[..., Any]], ...]:
     """The module's own hooks by handle: before and after forward, before and after backward."""
     return (

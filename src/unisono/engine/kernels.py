@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any, Literal, NamedTuple
@@ -37,7 +37,7 @@ from unisono.engine.axis import (
     unwrap,
     wrap,
 )
-from unisono.engine.tree import leaves, tree_map
+from unisono.engine.tree import leaves
 
 Kernel = Callable[..., Any]
 """``kernel(keyset, *args, **options)``."""
@@ -253,14 +253,13 @@ def _member_kernel(op: str, by_member: Collection[str], otherwise: Kernel) -> Ca
                 else value.unbind(dim)
                 for key, (value, dim) in operands.items()
             }
+            own_args = list(zip(*[_column(arg, columns, n) for arg in args], strict=True))
+            own_options = {name: _column(arg, columns, n) for name, arg in options.items()}
 
             def run_member(i: int) -> Any:
-                own_args, own_options = tree_map(
-                    lambda leaf: columns[id(leaf)][i] if isinstance(leaf, Tensor) else leaf, call
-                )
-                if copies:
-                    own_args = (own_args[0].clone(), *own_args[1:])
-                return run(*own_args, **own_options)
+                first, *rest = own_args[i]
+                own = {name: column[i] for name, column in own_options.items()}
+                return run(first.clone() if copies else first, *rest, **own)
 
             devices = rng.devices_of(value for value, _ in operands.values())
             results = for_each_member(run_member, n, randomness, devices)
@@ -284,6 +283,15 @@ def _member_kernel(op: str, by_member: Collection[str], otherwise: Kernel) -> Ca
         return wrapped[0] if single else wrapped
 
     return kernel
+
+
+def _column(arg: Any, columns: Mapping[int, Sequence[Tensor]], n: int) -> Sequence[Any]:
+    """What each member gets for one argument: ops take tensors, lists of them, and numbers."""
+    if isinstance(arg, Tensor):
+        return columns[id(arg)]
+    if isinstance(arg, list | tuple) and any(isinstance(item, Tensor) for item in arg):
+        return [list(own) for own in zip(*[_column(item, columns, n) for item in arg], strict=True)]
+    return [arg] * n
 
 
 def for_each_member(

@@ -13,7 +13,14 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from unisono.engine.attention import has_attention
-from unisono.engine.axis import buffers_of, children_of, hooks_of, is_observed, parameters_of
+from unisono.engine.axis import (
+    buffers_of,
+    children_of,
+    hooks_of,
+    is_observed,
+    parameters_of,
+    trust_flat_weights,
+)
 from unisono.engine.leaf import shorten
 from unisono.engine.recompute import calls, leave_out_checkpoints
 from unisono.engine.tree import leaves
@@ -76,6 +83,9 @@ class Template:
         self.backward_hooks = [path for path, m in modules.items() if any(hooks_of(m)[2:])]
         self.has_buffers = any(slot.kind == "buffer" for slot in self.slots)
         self._modes = [(m.__dict__, trees[path].__dict__) for path, m in modules.items()]
+        for each in modules.values():
+            if isinstance(each, nn.RNNBase):
+                trust_flat_weights(each)  # its list is filled with the parameters
         shorten(module)
         leave_out_checkpoints()
         self._watch = Watch(modules, attributes)
