@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, Protocol, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from unisono.engine.planning.planner import Options, Planner
 from unisono.engine.pool import Pool
 from unisono.options import (
     check_build,
+    check_copies,
     check_index,
     check_indices,
     check_member_count,
@@ -26,7 +28,15 @@ from unisono.options import (
     share_values,
 )
 from unisono.refusals import refuse_no_list
+from unisono.rows import copy_rows, stacked_tensors
 from unisono.stacking import MemberTree, make_template, select, stack, unstack
+
+
+class Follower(Protocol):
+    """What holds one row for each member beside the ensemble, such as the state of an optimizer."""
+
+    def copy_members(self, src: Sequence[int], dst: Sequence[int]) -> None:
+        """Copy the rows of members ``src`` over those of members ``dst``."""
 
 
 class Ensemble(nn.Module):
@@ -72,6 +82,7 @@ class Ensemble(nn.Module):
     """
 
     members: MemberTree
+    _followers: weakref.WeakSet[Follower]
 
     def __init__(
         self,
@@ -265,6 +276,58 @@ class Ensemble(nn.Module):
         """
         return [self._member(i, copy=True) for i in range(self._n)]
 
+    @property
+    def shared(self) -> frozenset[str]:
+        """Names, in ``ens.members``, of the tensors kept once for all members."""
+        return self._planner.pool.shared
+
+    def copy_(self, src: int | Sequence[int], dst: int | Sequence[int]) -> None:
+        """Copy members over others, in place: ``ens[dst]`` then equals ``ens[src]``.
+
+        The exploit step of population-based training (https://arxiv.org/abs/1711.09846). The
+        state that optimizers of `unisono.optim` keep for these members is copied too; their
+        hyperparameters are not. All members ``src`` are read before any is written.
+
+        Args:
+            src: The member to copy, or several.
+            dst: The member to be written over, or as many.
+
+        Raises:
+            IndexError: If there is no such member.
+            ValueError: If there aren't as many, or one is to be written over twice.
+
+        Example:
+            >>> ens = Ensemble([nn.Linear(3, 2) for _ in range(5)])
+            >>> ens.copy_(4, 0)  # member 0 was the worst, member 4 the best
+            >>> bool((ens.members.weight[0] == ens.members.weight[4]).all())
+            True
+        """
+        of, to = check_copies(src, dst, self._n)
+        tensors = self.stacked_tensors()
+        copy_rows(tensors, to, tensors, of)
+        for follower in list(self._followers):
+            follower.copy_members(of, to)
+
+    def follow(self, follower: Follower) -> None:
+        """Tell ``follower`` of each `copy_` from now on; it isn't kept alive for that.
+
+        Args:
+            follower: Its ``copy_members(src, dst)`` is called with lists of members.
+        """
+        self._followers.add(follower)
+
+    def stacked_tensors(self) -> dict[str, Tensor]:
+        """All tensors with a member axis, by their names in ``ens.members``, tied ones once.
+
+        Returns:
+            Parameters, buffers, and what ``forward`` keeps in attributes, not copied.
+
+        Shape:
+            - every tensor: (N, *)
+        """
+        pool = self._planner.pool
+        return stacked_tensors(self.members, shared=pool.shared, attributes=pool.attributes)
+
     def __len__(self) -> int:
         """The number of members."""
         return self._n
@@ -341,6 +404,15 @@ class Ensemble(nn.Module):
         self.members = members
         self.training = members.training
         self._planner = Planner(Pool(template, members, shared))
+        self._followers = weakref.WeakSet()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the followers, which are tied to this very ensemble."""
+        return {name: value for name, value in vars(self).items() if name != "_followers"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._followers = weakref.WeakSet()
 
     def _call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         check_options(self.strategy, self.randomness, self.chunk_size, self.memory_limit)

@@ -82,6 +82,20 @@ def check_indices(indices: Any, n: int) -> list[int]:
     return [check_index(value, n) for value in values]
 
 
+def check_copies(src: Any, dst: Any, n: int) -> tuple[list[int], list[int]]:
+    """The members to copy and those to be written over, as lists of equal length."""
+    of, to = (
+        [check_index(index, n)] if isinstance(index, SupportsIndex) else check_indices(index, n)
+        for index in (src, dst)
+    )
+    if len(of) != len(to):
+        raise ValueError(f"ens.copy_: src and dst are as many members; got src={of} and dst={to}")
+    twice = sorted({i for i in to if to.count(i) > 1})
+    if twice:
+        raise ValueError(f"ens.copy_: dst names each member once; got {twice} twice in dst={to}")
+    return of, to
+
+
 def check_member_count(own: Mapping[str, Any], given: Mapping[str, Any], n: int) -> None:
     """Raise if the tensors of a given state are those of another number of members.
 
