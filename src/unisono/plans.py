@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any, Final, get_args
@@ -21,7 +20,9 @@ import torch
 
 from unisono.engine.planning.plan import MemoryFormat, Plan, RunName
 from unisono.engine.planning.remembered import everything, forget, remember
+from unisono.engine.where import caller_level
 from unisono.errors import CheckpointError, EnsembleWarning
+from unisono.files import replacing
 
 _FORMAT: Final = 1
 
@@ -48,24 +49,19 @@ def save(path: str | os.PathLike[str]) -> int:
         >>> unisono.plans.save(file) == unisono.plans.load(file)
         True
     """
-    plans = everything()
-    content = {
+    content = to_dict()
+    with replacing(path) as new:
+        new.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    return len(content["plans"])
+
+
+def to_dict() -> dict[str, Any]:
+    """All plans made or loaded in this process, and what they depend on, ready for JSON."""
+    return {
         "format": _FORMAT,
         "machine": _machine(),
-        "plans": {key: _to_json(plan) for key, plan in sorted(plans.items())},
+        "plans": {key: _to_json(plan) for key, plan in sorted(everything().items())},
     }
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return len(plans)
 
 
 def load(path: str | os.PathLike[str]) -> int:
@@ -84,17 +80,34 @@ def load(path: str | os.PathLike[str]) -> int:
         OSError: If the file can't be read.
         CheckpointError: If it isn't one that `save` wrote; nothing is taken over.
     """
+    name = os.fspath(path)
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _no_plans(name, error) from error
+    return from_dict(content, name)
+
+
+def from_dict(content: Any, name: str) -> int:
+    """Take over the plans that `to_dict` gave.
+
+    Args:
+        content: What it gave.
+        name: Where it comes from, for messages.
+
+    Returns:
+        As for `load`.
+
+    Raises:
+        CheckpointError: As for `load`.
+    """
+    try:
         if content["format"] != _FORMAT:
             raise ValueError(f"its format is {content['format']!r}, this version reads {_FORMAT}")
         machine = dict(content["machine"])
         plans = {str(key): _from_json(plan) for key, plan in content["plans"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"unisono.plans.load: {os.fspath(path)} isn't a file of plans:"
-            f" {type(error).__name__}: {error}; write a new one with unisono.plans.save(path)"
-        ) from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _no_plans(name, error) from error
     here = _machine()
     if machine != here:
         names = sorted({*machine, *here})
@@ -104,14 +117,21 @@ def load(path: str | os.PathLike[str]) -> int:
             if machine.get(name) != here.get(name)
         )
         warnings.warn(
-            f"unisono.plans.load: {os.fspath(path)} was measured elsewhere ({facts}), so nothing"
+            f"unisono.plans.load: {name} was measured elsewhere ({facts}), so nothing"
             f" is taken over; the first calls measure anew",
             EnsembleWarning,
-            stacklevel=2,
+            stacklevel=caller_level(),
         )
         return 0
     remember(plans)
     return len(plans)
+
+
+def _no_plans(name: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"unisono.plans.load: {name} isn't a file of plans:"
+        f" {type(error).__name__}: {error}; write a new one with unisono.plans.save(path)"
+    )
 
 
 def clear() -> None:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unisono.commands.extras import require
+from unisono.extras import require
 
 _SPLIT_SEED: Final = 20_000
 _TEST_SHARE: Final = 0.2

@@ -21,7 +21,7 @@ from unisono.commands.arguments import (
 )
 from unisono.commands.data import LOADERS, Split
 from unisono.commands.disagreement import DividedImage, most_divided
-from unisono.commands.extras import require
+from unisono.extras import require
 from unisono.commands.files import OutputFolder
 from unisono.commands.learning import Settings, Trained, count_steps, train_classifier
 from unisono.commands.metrics import Scores, accuracy, finite_or_none, negative_log_likelihood

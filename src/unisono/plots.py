@@ -1,0 +1,98 @@
+"""Plots of arrays, as Matplotlib figures that are neither shown nor saved."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from unisono.extras import require
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+# Two colours of the Okabe-Ito palette: apart for every kind of colour blindness and in grey.
+_TRAINING: Final = "#0072B2"
+_VALIDATION: Final = "#D55E00"
+_MOST_LINES: Final = 50
+
+
+def learning_curves(
+    loss: Array,
+    *,
+    validation_loss: Array | None = None,
+    combined_loss: Array | None = None,
+    title: str = "",
+) -> Figure:
+    """Draw losses over the epochs: a thin line for each member, a thick one for their mean.
+
+    Args:
+        loss: Training losses; NaN where a member had stopped.
+        validation_loss: Validation losses, likewise.
+        combined_loss: Validation loss of the combined prediction.
+        title: A line above.
+
+    Returns:
+        A figure of its own; pyplot knows nothing of it.
+
+    Shape:
+        - loss, validation_loss: (epochs, N)
+        - combined_loss: (epochs)
+
+    Raises:
+        MissingExtraError: If Matplotlib isn't installed.
+
+    Example:
+        >>> figure = learning_curves(np.exp(-np.arange(20.0))[:, None] + np.ones((20, 3)))
+        >>> figure.axes[0].get_xlabel()
+        'epoch'
+    """
+    require("matplotlib", extra="plots", purpose="a plot")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(7, 4.2), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    _members(axes, loss, _TRAINING, "training")
+    if validation_loss is not None:
+        _members(axes, validation_loss, _VALIDATION, "validation")
+    if combined_loss is not None:
+        epochs = np.arange(1, len(combined_loss) + 1)
+        label = "validation, combined prediction"
+        axes.plot(epochs, combined_loss, color="black", lw=2, ls="--", label=label)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("loss")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    shown = [np.asarray(values) for values in (loss, validation_loss) if values is not None]
+    known = np.concatenate([values[np.isfinite(values)] for values in shown])
+    if len(known) and known.min() > 0 and known.max() > 30 * known.min():
+        axes.set_yscale("log")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    if title:
+        axes.set_title(title)
+    return figure
+
+
+def _members(axes: Axes, values: Array, color: str, name: str) -> None:
+    """The members' lines, or the band they fill if there are many, and their mean."""
+    values = np.where(np.isfinite(values), values, np.nan)
+    epochs = np.arange(1, len(values) + 1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(Mean of empty slice|All-NaN)")
+        mean, low, high = (f(values, axis=1) for f in (np.nanmean, np.nanmin, np.nanmax))
+    marker = "o" if len(values) == 1 else None
+    if values.shape[1] > _MOST_LINES:
+        axes.fill_between(epochs, low, high, color=color, alpha=0.15, lw=0)
+    else:
+        axes.plot(epochs, values, color=color, lw=0.7, alpha=0.35, marker=marker)
+    count = values.shape[1]
+    label = f"{name}, mean of {count} members" if count > 1 else name
+    axes.plot(epochs, mean, color=color, lw=2, marker=marker, label=label)
