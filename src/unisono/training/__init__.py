@@ -1,0 +1,1 @@
+"""Training N at once: losses, clipping, sampling and `fit`."""
