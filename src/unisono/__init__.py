@@ -1,6 +1,7 @@
 """N PyTorch models, one forward pass."""
 
 from unisono import combine as combine
+from unisono import optim as optim
 from unisono import plans as plans
 from unisono.engine.inputs import per_member as per_member
 from unisono.engine.planning.plan import OpRecord as OpRecord
@@ -12,5 +13,12 @@ from unisono.errors import EnsembleWarning as EnsembleWarning
 from unisono.errors import IncompatibleMembersError as IncompatibleMembersError
 from unisono.errors import MissingExtraError as MissingExtraError
 from unisono.errors import UnsupportedModelError as UnsupportedModelError
+from unisono.training import sampling as sampling
+from unisono.training.clipping import clip_grad_norm_ as clip_grad_norm_
+from unisono.training.clipping import clip_grad_value_ as clip_grad_value_
+from unisono.training.fit import fit as fit
+from unisono.training.history import History as History
+from unisono.training.losses import member_losses as member_losses
+from unisono.training.session import EpochEnd as EpochEnd
 
 __version__ = "0.1.0"
