@@ -34,14 +34,17 @@ class Contender:
     Args:
         run: The timed call. In a training scenario it leaves gradients behind.
         outputs: What ``run`` returned -> (N, *) tensor.
-        gradients: Name of a parameter -> (N, *) gradient, after a ``run``.
+        gradients: Name of a parameter -> (N, *) gradient, or the parameter itself if ``run`` has
+            changed it, after a ``run``.
         note: What the table tells, such as the chosen strategy.
+        checked_runs: After how many runs outputs and gradients are compared with the loop's.
     """
 
     run: Callable[[], Any]
     outputs: Callable[[Any], Tensor] = lambda found: found
     gradients: Callable[[], Mapping[str, Tensor]] = dict
     note: str = ""
+    checked_runs: int = 1
 
 
 Maker = Callable[[Scenario, list[nn.Module], list[tuple[Tensor, ...]]], Contender]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,34 @@ def jax_mlp(scenario: Scenario, models: Any, minibatches: Any) -> Contender:
         import jax
     except ImportError as error:
         raise NotApplicableError("not installed") from error
+    mapped, weights, x = make_forward(scenario, models, minibatches)
+    if not scenario.backward:
+        call = jax.jit(mapped)
+        return Contender(lambda: call(weights, x).block_until_ready(), to_torch)
+
+    def loss(every: Mapping[str, Any]) -> Any:
+        outputs = mapped(every, x)
+        return (outputs**2).mean(axis=(1, 2)).sum(), outputs
+
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    last: dict[str, Any] = {}
+
+    def run() -> Any:
+        (_, outputs), last["gradients"] = jax.block_until_ready(step(weights))
+        return outputs
+
+    def gradients() -> dict[str, Tensor]:
+        return {name: to_torch(g) for name, g in last["gradients"].items()}
+
+    return Contender(run, to_torch, gradients)
+
+
+def make_forward(
+    scenario: Scenario, models: Any, minibatches: Any
+) -> tuple[Callable[..., Any], dict[str, Any], Any]:
+    """The forward of all members, their stacked weights, and the inputs."""
+    import jax
+
     # Computes in float32 whatever it is given, unless it is told; only a check asks for more.
     jax.config.update("jax_enable_x64", next(models[0].parameters()).dtype == torch.float64)
     names = [name for name, m in models[0].named_modules() if isinstance(m, nn.Linear)]
@@ -43,26 +71,7 @@ def jax_mlp(scenario: Scenario, models: Any, minibatches: Any) -> Contender:
             h = jax.nn.relu(h) if name != names[-1] else h
         return h
 
-    mapped = jax.vmap(forward, (0, axis))
-    if not scenario.backward:
-        call = jax.jit(mapped)
-        return Contender(lambda: call(weights, x).block_until_ready(), _to_torch)
-
-    def loss(every: Mapping[str, Any]) -> Any:
-        outputs = mapped(every, x)
-        return (outputs**2).mean(axis=(1, 2)).sum(), outputs
-
-    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    last: dict[str, Any] = {}
-
-    def run() -> Any:
-        (_, outputs), last["gradients"] = jax.block_until_ready(step(weights))
-        return outputs
-
-    def gradients() -> dict[str, Tensor]:
-        return {name: _to_torch(g) for name, g in last["gradients"].items()}
-
-    return Contender(run, _to_torch, gradients)
+    return jax.vmap(forward, (0, axis)), weights, x
 
 
 def _stack(models: list[nn.Module], name: str, kind: str) -> Any:
@@ -72,5 +81,6 @@ def _stack(models: list[nn.Module], name: str, kind: str) -> Any:
     return jax.numpy.asarray(np.stack(tensors))
 
 
-def _to_torch(array: Any) -> Tensor:
+def to_torch(array: Any) -> Tensor:
+    """A copy of the array."""
     return torch.from_numpy(np.array(array))

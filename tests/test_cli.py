@@ -13,6 +13,10 @@ import torch
 from unisono.cli import main
 
 SOURCE = Path(__file__).parents[1] / "src"
+TRAIN_OPTIONS = (
+    "data model members epochs seed lr batch-size device out sampling patience"
+    " checkpoint-every resume json"
+)
 QUICK = ["train", "--data", "digits", "--members", "2", "--epochs", "1", "--batch-size", "256"]
 TINY_BENCH = ["bench", "--members", "2", "--batch", "4", "--hidden", "8", "--rounds", "2"]
 
@@ -49,7 +53,11 @@ def test_train_prints_a_table_and_writes_both_files(capsys, tmp_path):
     for row in ("member 0", "member 1", "mean of the members", "ensemble, mean probability"):
         assert row in out
     assert "ensemble, vote" in out
-    assert sorted(os.listdir(tmp_path / "run")) == ["disagreement.png", "metrics.json"]
+    assert sorted(os.listdir(tmp_path / "run")) == [
+        "curves.png",
+        "disagreement.png",
+        "metrics.json",
+    ]
     assert err.startswith("epoch 1/1  loss ")
     assert max(map(len, out.splitlines())) <= 80
 
@@ -95,7 +103,7 @@ def test_without_a_command_the_help_is_printed(capsys):
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        ("train", "data model members epochs seed lr batch-size device out json"),
+        ("train", TRAIN_OPTIONS),
         ("bench", "members batch hidden rounds threads device json"),
     ],
 )
@@ -118,6 +126,16 @@ WRONG = [
     ("train --seed -1", "--seed must be from 0 to 2**62 - 1, got -1"),
     ("train --lr nan", "--lr must be a finite number above 0, got nan"),
     ("train --lr -0.1", "--lr must be a finite number above 0, got -0.1"),
+    ("train --lr fast", "--lr must be a number or log:FIRST:LAST, got 'fast'"),
+    ("train --lr log:1", "--lr log:1: write log:FIRST:LAST, as log:1e-4:1e-1"),
+    ("train --lr 0.1 --lr log:1:2", "--lr log:1:2 stands alone; it is a rate for every member"),
+    ("train --lr 0.1 --lr 1 --members 3", "--lr was given 2 times for --members 3"),
+    (
+        "train --sampling all",
+        "unknown sampling 'all'; choose shared or shuffled or bootstrap or folds",
+    ),
+    ("train --patience 0", "--patience must be at least 1, got 0"),
+    ("train --checkpoint-every 0", "--checkpoint-every must be at least 1, got 0"),
     ("train --device gpu", "unknown device 'gpu'; choose auto or cpu"),
     (
         "train --device meta",
@@ -299,7 +317,7 @@ def test_ctrl_c_keeps_the_results_of_an_earlier_run(capsys, monkeypatch, tmp_pat
     assert (code, out) == (130, "")
     assert err.splitlines()[-1] == "unisono train: interrupted; nothing was written"
     assert (tmp_path / "runs/digits/metrics.json").read_bytes() == before
-    assert len(os.listdir(tmp_path / "runs/digits")) == 2
+    assert len(os.listdir(tmp_path / "runs/digits")) == 3
 
 
 def test_ctrl_c_during_the_bench(capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from typing import TYPE_CHECKING, Any, Final
 
@@ -51,14 +52,9 @@ def learning_curves(
         >>> figure.axes[0].get_xlabel()
         'epoch'
     """
-    require("matplotlib", extra="plots", purpose="a plot")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    figure, axes = _figure(title)
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7, 4.2), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
     _members(axes, loss, _TRAINING, "training")
     if validation_loss is not None:
         _members(axes, validation_loss, _VALIDATION, "validation")
@@ -73,12 +69,70 @@ def learning_curves(
     known = np.concatenate([values[np.isfinite(values)] for values in shown])
     if len(known) and known.min() > 0 and known.max() > 30 * known.min():
         axes.set_yscale("log")
+    axes.legend(frameon=False)
+    return figure
+
+
+def sweep(values: Array, scores: Array, *, what: str, score: str, title: str = "") -> Figure:
+    """Draw each member's score over the value of a hyperparameter that it was trained with.
+
+    Args:
+        values: Of the hyperparameter, one for each member.
+        scores: One for each member; NaN leaves it out.
+        what: Name of the hyperparameter.
+        score: Name of the score.
+        title: A line above.
+
+    Returns:
+        A figure of its own; pyplot knows nothing of it.
+
+    Shape:
+        - values, scores: (N)
+
+    Raises:
+        MissingExtraError: If Matplotlib isn't installed.
+
+    Example:
+        >>> rates = np.logspace(-4, -1, 5)
+        >>> figure = sweep(rates, np.arange(5.0), what="learning rate", score="accuracy")
+        >>> figure.axes[0].get_xscale()
+        'log'
+    """
+    figure, axes = _figure(title)
+    order = np.argsort(values)
+    axes.plot(values[order], scores[order], color=_TRAINING, marker="o", ms=4, lw=1)
+    if values.min() > 0 and values.max() > 20 * values.min():
+        axes.set_xscale("log")
+    if np.isfinite(scores).any():
+        best = int(np.nanargmax(scores))
+        label = f"best: {scores[best]:.4g} at {values[best]:.3g}"
+        axes.plot(values[best], scores[best], color=_VALIDATION, marker="o", ls="", label=label)
+        axes.legend(frameon=False)
+    axes.set_xlabel(what)
+    axes.set_ylabel(score)
+    return figure
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure as a PNG file; the same bytes for the same figure."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
+
+
+def _figure(title: str) -> tuple[Figure, Axes]:
+    require("matplotlib", extra="plots", purpose="a plot")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
     if title:
         axes.set_title(title)
-    return figure
+    return figure, axes
 
 
 def _members(axes: Axes, values: Array, color: str, name: str) -> None:

@@ -1,34 +1,27 @@
 """Training at once is training one by one."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from unisono.commands.data import Split, split_images
-from unisono.commands.learning import (
-    Settings,
-    count_steps,
-    order_generator,
-    predict,
-    train_classifier,
-)
+from unisono.commands.data import Split, hold_out, split_images
+from unisono.commands.learning import Settings, predict, train_classifier
 from unisono.commands.models import SimpleCNN, SimpleMLP
+from unisono.training.sampling import as_sampling
 
 
 class Silent:
-    """Counts what it is told."""
+    """Keeps what it is told."""
 
     def __init__(self):
-        self.steps = 0
-        self.losses = []
+        self.told = []
 
-    def step(self):
-        self.steps += 1
-
-    def epoch(self, losses):
-        self.losses.append(losses)
+    def epoch(self, number, losses):
+        self.told.append((number, losses))
 
 
 @pytest.fixture
@@ -44,8 +37,9 @@ def split():
     )
 
 
-def settings(members, epochs=3, seed=7, batch_size=16):
-    return Settings(members, epochs, seed, 1e-2, batch_size, torch.device("cpu"))
+def settings(members, epochs=3, seed=7, batch_size=16, rates=None, **options):
+    rates = rates or (1e-2,) * members
+    return Settings(members, epochs, seed, rates, batch_size, torch.device("cpu"), **options)
 
 
 def make_mlp():
@@ -60,13 +54,15 @@ def train_alone(make_model, split, how, i):
     """What member `i` would learn without the others, written out."""
     torch.manual_seed(how.seed + i)
     model = make_model()
-    optimizer = torch.optim.Adam(model.parameters(), lr=how.lr)
-    generator = order_generator(how.seed, i)
+    optimizer = torch.optim.Adam(model.parameters(), lr=how.rates[i])
+    kind = as_sampling(how.sampling)
     history = []
-    for _ in range(how.epochs):
-        order = torch.randperm(len(split.train_images), generator=generator)
+    for epoch in range(how.epochs):
+        n = len(split.train_images)
+        order = kind.order(n, [i], epoch, seed=how.seed, num_members=how.members)[0]
         total = 0.0
-        for chosen in order.tensor_split(count_steps(len(order), how.batch_size)):
+        for rows in np.array_split(order, math.ceil(len(order) / how.batch_size)):
+            chosen = torch.from_numpy(rows)
             loss = F.cross_entropy(model(split.train_images[chosen]), split.train_labels[chosen])
             optimizer.zero_grad()
             loss.backward()
@@ -77,25 +73,28 @@ def train_alone(make_model, split, how, i):
 
 
 @pytest.mark.parametrize("make_model", [make_mlp, make_cnn])
-def test_every_member_learns_as_it_would_alone(split, make_model):
-    how, reporter = settings(members=3), Silent()
+@pytest.mark.parametrize("sampling", ["shuffled", "bootstrap"])
+@pytest.mark.parametrize("rates", [None, (1e-1, 1e-2, 1e-3)])
+def test_every_member_learns_as_it_would_alone(split, make_model, sampling, rates):
+    how, reporter = settings(members=3, sampling=sampling, rates=rates), Silent()
     trained = train_classifier(make_model, split, how, reporter)
     for i in range(how.members):
         logits, history = train_alone(make_model, split, how, i)
         torch.testing.assert_close(trained.logits[i], logits)
-        # The running sum of the losses is float32.
-        assert [losses[i] for losses in trained.losses] == pytest.approx(history, rel=1e-5)
-    assert reporter.losses == trained.losses
-    assert reporter.steps == 3 * 3  # 40 images in 3 minibatches of at most 16
+        np.testing.assert_allclose(trained.history.loss[:, i], history)
+    assert reporter.told == [(k + 1, own) for k, own in enumerate(trained.history.loss.tolist())]
     assert not trained.ensemble.training
 
 
-def test_members_see_the_images_in_different_orders():
-    orders = [torch.randperm(1000, generator=order_generator(0, i)).tolist() for i in range(3)]
-    assert orders[0] != orders[1]
-    assert orders[1] != orders[2]
-    # Neither may member 1 of seed 0 be member 0 of seed 1.
-    assert orders[1] != torch.randperm(1000, generator=order_generator(1, 0)).tolist()
+def test_patience_keeps_images_back_and_the_best_weights(split):
+    how = settings(members=3, epochs=30, rates=(1.0, 1e-2, 1e-3), patience=2)
+    trained = train_classifier(make_mlp, split, how, Silent())
+    assert "patience" in trained.history.stopped
+    _, (images, labels) = hold_out(split)
+    with torch.no_grad():
+        for i, best in enumerate(trained.history.best_epoch):
+            loss = F.cross_entropy(trained.ensemble[i](images), labels).item()
+            assert loss == pytest.approx(trained.history.validation_loss[best, i])
 
 
 def test_training_leaves_the_random_numbers_of_the_process_alone(split):
@@ -113,14 +112,6 @@ def test_dropout_is_reproducible_whatever_ran_before(split):
     torch.manual_seed(99)
     second = train_classifier(make, split, how, Silent())
     assert torch.equal(first.logits, second.logits)
-
-
-@pytest.mark.parametrize(
-    ("images", "batch_size", "sizes"), [(40, 16, [14, 13, 13]), (65, 64, [33, 32]), (5, 5, [5])]
-)
-def test_minibatches_differ_by_one_image_at_most(images, batch_size, sizes):
-    parts = torch.arange(images).tensor_split(count_steps(images, batch_size))
-    assert [len(part) for part in parts] == sizes
 
 
 def test_prediction_in_parts_is_the_prediction_of_the_whole(split, monkeypatch):

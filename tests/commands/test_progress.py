@@ -10,11 +10,9 @@ from unisono.commands.progress import report_progress
 def show(terminal, width=80):
     text = io.StringIO()
     console = Console(file=text, force_terminal=terminal, width=width, color_system=None)
-    with report_progress(console, epochs=2, steps=2) as reporter:
-        for losses in ([0.5, 0.7], [0.25, 0.35]):
-            reporter.step()
-            reporter.step()
-            reporter.epoch(losses)
+    with report_progress(console, epochs=2) as reporter:
+        for k, losses in enumerate(([0.5, 0.7], [0.25, 0.35])):
+            reporter.epoch(k + 1, losses)
     return text.getvalue()
 
 
@@ -27,12 +25,12 @@ def test_lines_for_a_log():
 def test_a_bar_for_a_terminal():
     text = show(terminal=True)
     assert "epoch 2/2" in text
-    assert "4/4" in text
+    assert "2/2" in text
     assert "loss 0.300 (0.250 to 0.350)" in text
 
 
 def test_one_member_has_no_spread():
     text = io.StringIO()
-    with report_progress(Console(file=text), epochs=1, steps=1) as reporter:
-        reporter.epoch([0.5])
+    with report_progress(Console(file=text), epochs=1) as reporter:
+        reporter.epoch(1, [0.5])
     assert text.getvalue() == "epoch 1/1  loss 0.500\n"

@@ -1,11 +1,13 @@
 """The job of `unisono train` as a whole, without the terminal."""
 
 import json
+import math
 
 import pytest
 from rich.console import Console
 
-from unisono.commands.train import METRICS, PICTURE, TrainRequest, run_train
+from unisono.commands.outcome import ArgumentError
+from unisono.commands.train import CURVES, METRICS, PICTURE, SWEEP, TrainRequest, run_train
 
 KEYS = {
     "data",
@@ -15,6 +17,11 @@ KEYS = {
     "seed",
     "lr",
     "batch_size",
+    "sampling",
+    "patience",
+    "validation_loss",
+    "stopped",
+    "best_epoch",
     "device",
     "torch",
     "train_images",
@@ -57,7 +64,7 @@ def test_the_metrics_say_everything(tmp_path):
 
 
 def test_an_ensemble_beats_its_mean_member(tmp_path):
-    scores = train(tmp_path, members=5, epochs=8, batch_size=64, lr=3e-3).metrics
+    scores = train(tmp_path, members=5, epochs=8, batch_size=64, lr=("3e-3",)).metrics
     assert scores["accuracy"]["ensemble_mean_probability"] > scores["accuracy"]["mean_member"] > 0.9
     # The mean of probabilities can't have a larger NLL than the mean member (Jensen).
     assert scores["nll"]["ensemble_mean_probability"] < scores["nll"]["mean_member"]
@@ -84,7 +91,43 @@ def test_one_member_has_nobody_to_disagree_with(tmp_path):
 
 
 def test_a_training_that_explodes_is_still_valid_json(tmp_path):
-    metrics = train(tmp_path, lr=1e30, epochs=2).metrics
+    metrics = train(tmp_path, lr=("1e30",), epochs=2).metrics
     text = (tmp_path / METRICS).read_text()
     assert json.loads(text, parse_constant=pytest.fail) == metrics
-    assert metrics["nll"]["mean_member"] is None
+    # The members are as they were built: the epoch in which they exploded is undone.
+    assert metrics["stopped"] == ["not finite"] * 3
+    assert metrics["nll"]["mean_member"] == pytest.approx(math.log(10), abs=0.2)
+
+
+def test_the_notes_name_who_stopped(tmp_path):
+    values = {"data": "digits", "epochs": 12, "batch_size": 256, "patience": 1}
+    rates = ("1e30", "1e-1", "1e-2", "3e-1")
+    request = TrainRequest(**values, lr=rates, device="cpu", out=tmp_path)
+    report = run_train(request, Console(quiet=True))
+    assert report.notes[-1] == "1 of 4 members were frozen, their loss was not finite: 0"
+    assert (
+        report.notes[0].endswith("of 4 members stopped early: 1, 3")
+        or "stopped early" in (report.notes[0])
+    )
+    assert report.metrics["lr"] == [1e30, 0.1, 0.01, 0.3]
+    assert {file.name for file in report.files} == {METRICS, PICTURE, CURVES, SWEEP}
+
+
+def test_a_run_is_taken_up_where_it_stood(tmp_path):
+    def run(folder, epochs, **options):
+        values = {"data": "digits", "members": 3, "batch_size": 256, "device": "cpu"}
+        request = TrainRequest(**values, epochs=epochs, out=tmp_path / folder, **options)
+        return run_train(request, Console(quiet=True)).metrics
+
+    whole = run("whole", 4)
+    run("parts", 2, checkpoint_every=1)
+    with pytest.raises(ArgumentError, match="is of an earlier run: add --resume, or name another"):
+        run("parts", 4, checkpoint_every=1)
+    assert run("parts", 4, resume=True) == whole
+    with pytest.raises(ArgumentError, match=r"--resume: .*seed was 0 and is 1"):
+        run("parts", 5, resume=True, seed=1)
+
+
+def test_resume_without_a_checkpoint(tmp_path):
+    with pytest.raises(ArgumentError, match=r"--resume: there is no .*; leave --resume out"):
+        train(tmp_path, resume=True)

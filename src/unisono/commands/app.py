@@ -49,30 +49,72 @@ def train(
             "and returns a module from images (B, 1, height, width) to logits (B, classes)."
         ),
     ] = _DEFAULT.model,
-    members: Annotated[int, typer.Option(help="Number of models.")] = _DEFAULT.members,
+    members: Annotated[
+        int | None,
+        typer.Option(help="Number of models.", show_default="10, or one for each --lr"),
+    ] = _DEFAULT.members,
     epochs: Annotated[int, typer.Option(help="Passes over the images.")] = _DEFAULT.epochs,
     seed: Annotated[
         int, typer.Option(help="Member i starts from seed + i; the test images never change.")
     ] = _DEFAULT.seed,
-    lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = _DEFAULT.lr,
+    lr: Annotated[
+        list[str],
+        typer.Option(
+            help="Learning rate of Adam; given several times, one for each member; "
+            "log:1e-4:1e-1 spreads the members' rates over that range."
+        ),
+    ] = list(_DEFAULT.lr),  # noqa: B006
     batch_size: Annotated[int, typer.Option(help="Images per step.")] = _DEFAULT.batch_size,
     device: Device = _DEFAULT.device,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the results.", show_default="runs/<data>")
     ] = None,
+    sampling: Annotated[
+        str,
+        typer.Option(help="Which images each member sees: shared, shuffled, bootstrap or folds."),
+    ] = _DEFAULT.sampling,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            help="Keep an eighth of the images for validation, stop each member after so many "
+            "epochs without improvement, and take its best weights.",
+            show_default="all epochs",
+        ),
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(help="Epochs between two checkpoints in the folder.", show_default="none"),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the checkpoint in the folder.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train N models at once on real images; score members and ensemble."""
-    request = TrainRequest(data, model, members, epochs, seed, lr, batch_size, device, out)
+    request = TrainRequest(
+        data,
+        model,
+        members,
+        epochs,
+        seed,
+        tuple(lr),
+        batch_size,
+        device,
+        out,
+        sampling,
+        patience,
+        checkpoint_every,
+        resume,
+    )
     report = run_train(request, Console(stderr=True))
     if as_json:
         _print_json(report.metrics)
         return
     console = Console()
     console.print(report.table)
-    rate = request.members * request.epochs * report.metrics["train_images"] / report.seconds
     lines = [
-        f"trained in {report.seconds:.1f} s, {rate:,.0f} images per second over all members",
+        *report.notes,
+        f"trained in {report.seconds:.1f} s",
         *(f"wrote {path}" for path in report.files),
     ]
     for line in lines:

@@ -7,7 +7,7 @@ every version of typer.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -16,6 +16,7 @@ from unisono.commands.outcome import ArgumentError
 # Member i is seeded with `seed + i`; below this bound the sum stays inside what
 # `torch.manual_seed` takes, whatever the number of members.
 _SEED_LIMIT = 2**62
+_MEMBERS = 10
 
 
 def at_least(option: str, value: int, minimum: int = 1) -> int:
@@ -61,6 +62,49 @@ def check_learning_rate(value: float) -> float:
     if not (math.isfinite(value) and value > 0):
         raise ArgumentError(f"--lr must be a finite number above 0, got {value:g}")
     return value
+
+
+def parse_rates(values: Sequence[str], members: int | None) -> tuple[float, ...]:
+    """The learning rate of each member.
+
+    Args:
+        values: What was given with ``--lr``: one number for all, one for each member, or
+            ``log:FIRST:LAST`` for rates in equal ratios.
+        members: What was given with ``--members``; None for as many as there are rates, or 10.
+
+    Raises:
+        ArgumentError: If that isn't one rate for each member.
+
+    Example:
+        >>> parse_rates(["log:1e-3:1e-1"], 3)
+        (0.001, 0.01, 0.1)
+        >>> parse_rates(["0.1", "0.2"], None)
+        (0.1, 0.2)
+    """
+    if len(values) == 1:
+        n = _MEMBERS if members is None else at_least("--members", members)
+        if not values[0].startswith("log:"):
+            return (_rate(values[0]),) * n
+        ends = values[0].split(":")[1:]
+        if len(ends) != 2:
+            raise ArgumentError(f"--lr {values[0]}: write log:FIRST:LAST, as log:1e-4:1e-1")
+        first, last = (math.log10(_rate(end)) for end in ends)
+        step = (last - first) / max(n - 1, 1)
+        return tuple(float(f"{10 ** (first + k * step):.6g}") for k in range(n))
+    ranges = [value for value in values if value.startswith("log:")]
+    if ranges:
+        raise ArgumentError(f"--lr {ranges[0]} stands alone; it is a rate for every member")
+    if members is not None and members != len(values):
+        raise ArgumentError(f"--lr was given {len(values)} times for --members {members}")
+    return tuple(_rate(value) for value in values)
+
+
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise ArgumentError(f"--lr must be a number or log:FIRST:LAST, got {text!r}") from None
+    return check_learning_rate(value)
 
 
 def check_choice(what: str, value: str, choices: Iterable[str]) -> str:

@@ -19,6 +19,7 @@ from unisono.extras import require
 
 _SPLIT_SEED: Final = 20_000
 _TEST_SHARE: Final = 0.2
+_VALIDATION_SHARE: Final = 0.125
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,11 @@ class Split:
     test_images: Tensor
     test_labels: Tensor
     classes: int
+
+    @property
+    def training(self) -> tuple[Tensor, Tensor]:
+        """Images and labels to train on."""
+        return self.train_images, self.train_labels
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -99,14 +105,35 @@ def split_images(images: NDArray[np.floating], labels: NDArray[np.integer]) -> S
         >>> split.train_images.shape, split.test_labels.bincount().tolist()
         (torch.Size([40, 1, 8, 8]), [2, 2, 2, 2, 2])
     """
-    shuffled = np.random.default_rng(_SPLIT_SEED).permutation(len(labels))
-    classes = int(labels.max()) + 1
-    in_test = np.zeros(len(labels), dtype=bool)  # over positions in `shuffled`
-    for label in range(classes):
-        places = np.flatnonzero(labels[shuffled] == label)
-        in_test[places[: round(len(places) * _TEST_SHARE)]] = True
+    train, test = _split_classes(labels, _TEST_SHARE)
     pixels = torch.from_numpy(images.astype(np.float32)).unsqueeze(1)  # (n, 1, h, w)
     targets = torch.from_numpy(labels.astype(np.int64))
-    train = torch.from_numpy(shuffled[~in_test])
-    test = torch.from_numpy(shuffled[in_test])
+    classes = int(labels.max()) + 1
     return Split(pixels[train], targets[train], pixels[test], targets[test], classes)
+
+
+def hold_out(split: Split) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Keep an eighth of the training images of every class for validation.
+
+    Returns:
+        Images and labels to train on, and those to validate on.
+
+    Example:
+        >>> split = split_images(np.zeros((200, 8, 8)), np.arange(200) % 5)
+        >>> train, validation = hold_out(split)
+        >>> len(train[1]), len(validation[1]), validation[1].bincount().tolist()
+        (140, 20, [4, 4, 4, 4, 4])
+    """
+    images, labels = split.training
+    train, validation = _split_classes(labels.numpy(), _VALIDATION_SHARE)
+    return (images[train], labels[train]), (images[validation], labels[validation])
+
+
+def _split_classes(labels: NDArray[np.integer], share: float) -> tuple[Tensor, Tensor]:
+    """The rows that stay, and those, the same share of every class, that don't."""
+    shuffled = np.random.default_rng(_SPLIT_SEED).permutation(len(labels))
+    taken = np.zeros(len(labels), dtype=bool)  # over positions in `shuffled`
+    for label in range(int(labels.max()) + 1):
+        places = np.flatnonzero(labels[shuffled] == label)
+        taken[places[: round(len(places) * share)]] = True
+    return torch.from_numpy(shuffled[~taken]), torch.from_numpy(shuffled[taken])

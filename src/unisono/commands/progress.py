@@ -19,13 +19,12 @@ from unisono.commands.learning import Reporter
 
 
 @contextlib.contextmanager
-def report_progress(console: Console, *, epochs: int, steps: int) -> Iterator[Reporter]:
+def report_progress(console: Console, *, epochs: int) -> Iterator[Reporter]:
     """Give a training something to report to.
 
     Args:
         console: Where to show it; a log file or a pipe gets plain lines.
-        epochs: Number of epochs to come.
-        steps: Minibatches of each.
+        epochs: Number of epochs.
 
     Yields:
         The reporter. A live bar is taken off the screen when the block ends.
@@ -45,7 +44,7 @@ def report_progress(console: Console, *, epochs: int, steps: int) -> Iterator[Re
         expand=True,
     )
     with bar:
-        task = bar.add_task("", total=epochs * steps, epoch=1, epochs=epochs, loss="loss -")
+        task = bar.add_task("", total=epochs, epoch=1, epochs=epochs, loss="loss -")
         yield _Bar(bar, task, epochs)
 
 
@@ -56,6 +55,8 @@ def describe_losses(losses: list[float]) -> str:
         >>> describe_losses([0.5, 0.7, 0.6])
         'loss 0.600 (0.500 to 0.700)'
     """
+    if not losses:
+        return "loss -"
     mean = sum(losses) / len(losses)
     spread = f" ({min(losses):.3f} to {max(losses):.3f})" if len(losses) > 1 else ""
     return f"loss {mean:.3f}{spread}"
@@ -68,15 +69,11 @@ class _Bar:
         self._bar = bar
         self._task = task
         self._epochs = epochs
-        self._done = 0
 
-    def step(self) -> None:
-        self._bar.advance(self._task)
-
-    def epoch(self, losses: list[float]) -> None:
-        self._done += 1
-        current = min(self._done + 1, self._epochs)
-        self._bar.update(self._task, epoch=current, loss=describe_losses(losses))
+    def epoch(self, number: int, losses: list[float]) -> None:
+        current = min(number + 1, self._epochs)
+        loss = describe_losses(losses)
+        self._bar.update(self._task, completed=number, epoch=current, loss=loss)
 
 
 class _Lines:
@@ -85,12 +82,7 @@ class _Lines:
     def __init__(self, console: Console, epochs: int) -> None:
         self._console = console
         self._epochs = epochs
-        self._done = 0
 
-    def step(self) -> None:
-        """Nothing: a line per minibatch would drown a log."""
-
-    def epoch(self, losses: list[float]) -> None:
-        self._done += 1
-        line = f"epoch {self._done}/{self._epochs}  {describe_losses(losses)}"
+    def epoch(self, number: int, losses: list[float]) -> None:
+        line = f"epoch {number}/{self._epochs}  {describe_losses(losses)}"
         self._console.print(line, markup=False, highlight=False)

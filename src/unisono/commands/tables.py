@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
@@ -14,13 +15,16 @@ _NOTE = (
 )
 
 
-def score_table(title: str, accuracy: Scores, nll: Scores) -> Table:
+def score_table(
+    title: str, accuracy: Scores, nll: Scores, *, rates: Sequence[float] | None = None
+) -> Table:
     """Lay out the scores: every member, their mean, and the ensemble in both ways.
 
     Args:
         title: A line above the table.
         accuracy: Parts of 1.
         nll: Nats.
+        rates: The members' learning rates, if they are to be told.
 
     Returns:
         The table, 80 columns wide at most.
@@ -31,7 +35,8 @@ def score_table(title: str, accuracy: Scores, nll: Scores) -> Table:
     table.add_column("NLL", justify="right")
     for i, (right, surprise) in enumerate(zip(accuracy.members, nll.members, strict=True)):
         last = i == len(accuracy.members) - 1
-        table.add_row(f"member {i}", _percent(right), f"{surprise:.4f}", end_section=last)
+        name = f"member {i}" if rates is None else f"member {i}, lr {rates[i]:.3g}"
+        table.add_row(name, _percent(right), f"{surprise:.4f}", end_section=last)
     rows = [
         ("mean of the members", accuracy.mean_member, nll.mean_member),
         ("ensemble, mean probability", accuracy.mean_probability, nll.mean_probability),

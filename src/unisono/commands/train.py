@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -15,24 +16,29 @@ from rich.table import Table
 from unisono.commands.arguments import (
     at_least,
     check_choice,
-    check_learning_rate,
     check_seed,
     choose_device,
+    parse_rates,
 )
 from unisono.commands.data import LOADERS, Split
 from unisono.commands.disagreement import DividedImage, most_divided
-from unisono.extras import require
 from unisono.commands.files import OutputFolder
-from unisono.commands.learning import Settings, Trained, count_steps, train_classifier
-from unisono.commands.metrics import Scores, accuracy, finite_or_none, negative_log_likelihood
+from unisono.commands.learning import Settings, Trained, train_classifier
+from unisono.commands.metrics import Scores, accuracy, negative_log_likelihood
 from unisono.commands.models import MakeModel, choose_factory, describe
 from unisono.commands.outcome import ArgumentError, Interrupted
 from unisono.commands.progress import report_progress
 from unisono.commands.tables import score_table
-from unisono.errors import IncompatibleMembersError, UnsupportedModelError
+from unisono.errors import CheckpointError, IncompatibleMembersError, UnsupportedModelError
+from unisono.extras import require
+from unisono.training.history import Stop
 
 METRICS: Final = "metrics.json"
 PICTURE: Final = "disagreement.png"
+CURVES: Final = "curves.png"
+SWEEP: Final = "sweep.png"
+CHECKPOINT: Final = "checkpoint.safetensors"
+_SAMPLINGS: Final = ("shared", "shuffled", "bootstrap", "folds")
 
 
 @dataclass(frozen=True)
@@ -42,24 +48,32 @@ class TrainRequest:
     Args:
         data: A key of `LOADERS`.
         model: ``mlp``, ``cnn`` or ``package.module:factory``.
-        members: Number of models.
+        members: Number of models; None for as many as there are learning rates, or 10.
         epochs: Passes over the training images.
         seed: Where all randomness starts.
-        lr: Learning rate.
+        lr: Learning rates: see `parse_rates`.
         batch_size: Images per minibatch.
         device: A name of a device, or ``auto``.
         out: Folder for the results; None for ``runs/<data>``.
+        sampling: Which images each member sees.
+        patience: Epochs without improvement after which a member stops; None for never.
+        checkpoint_every: Epochs between two checkpoints; None for none at all.
+        resume: Whether to go on from the checkpoint in the folder.
     """
 
     data: str = "mnist5k"
     model: str = "mlp"
-    members: int = 10
+    members: int | None = None
     epochs: int = 15
     seed: int = 0
-    lr: float = 1e-3
+    lr: tuple[str, ...] = ("1e-3",)
     batch_size: int = 64
     device: str = "auto"
     out: Path | None = None
+    sampling: str = "shuffled"
+    patience: int | None = None
+    checkpoint_every: int | None = None
+    resume: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,12 +86,14 @@ class TrainReport:
         table: The same for people.
         files: What was written.
         seconds: How long the training took.
+        notes: Which members stopped early, and why.
     """
 
     metrics: dict[str, Any]
     table: Table
     files: list[Path]
     seconds: float
+    notes: list[str]
 
 
 def run_train(request: TrainRequest, progress: Console) -> TrainReport:
@@ -97,6 +113,7 @@ def run_train(request: TrainRequest, progress: Console) -> TrainReport:
     """
     settings = check_request(request)
     folder = OutputFolder(request.out or Path("runs") / request.data)
+    _check_checkpoint(settings)
     try:
         split = LOADERS[request.data]()
         at_most = len(split.train_images)
@@ -111,6 +128,8 @@ def run_train(request: TrainRequest, progress: Console) -> TrainReport:
             return _train_into(folder, request, settings, split, make_model, progress)
     except KeyboardInterrupt:
         state = f"look at {folder.path}" if folder.written else "nothing was written"
+        if settings.checkpoint is not None and settings.checkpoint.exists():
+            state = "the same command with --resume goes on from the last checkpoint"
         raise Interrupted(f"interrupted; {state}") from None
 
 
@@ -121,14 +140,33 @@ def check_request(request: TrainRequest) -> Settings:
         ArgumentError: For the first value that can't be used.
     """
     check_choice("data", request.data, LOADERS)
+    check_choice("sampling", request.sampling, _SAMPLINGS)
+    rates = parse_rates(request.lr, request.members)
+    every = request.checkpoint_every
+    keeps = every is not None or request.resume
     return Settings(
-        members=at_least("--members", request.members),
+        members=len(rates),
         epochs=at_least("--epochs", request.epochs),
         seed=check_seed(request.seed),
-        lr=check_learning_rate(request.lr),
+        rates=rates,
         batch_size=at_least("--batch-size", request.batch_size),
         device=choose_device(request.device),
+        sampling=request.sampling,
+        patience=None if request.patience is None else at_least("--patience", request.patience),
+        checkpoint=(request.out or Path("runs") / request.data) / CHECKPOINT if keeps else None,
+        checkpoint_every=1 if every is None else at_least("--checkpoint-every", every),
+        resume=request.resume,
     )
+
+
+def _check_checkpoint(settings: Settings) -> None:
+    """Raise unless the checkpoint is there exactly if the training is to go on from it."""
+    file = settings.checkpoint
+    if file is None or file.exists() == settings.resume:
+        return
+    if settings.resume:
+        raise ArgumentError(f"--resume: there is no {file}; leave --resume out to start")
+    raise ArgumentError(f"{file} is of an earlier run: add --resume, or name another --out")
 
 
 def _train_into(
@@ -140,8 +178,7 @@ def _train_into(
     progress: Console,
 ) -> TrainReport:
     started = time.perf_counter()
-    steps = count_steps(len(split.train_images), settings.batch_size)
-    with report_progress(progress, epochs=settings.epochs, steps=steps) as reporter:
+    with report_progress(progress, epochs=settings.epochs) as reporter:
         try:
             trained = train_classifier(make_model, split, settings, reporter)
         except IncompatibleMembersError as error:  # the factory's doing
@@ -151,6 +188,8 @@ def _train_into(
             ) from error
         except UnsupportedModelError as error:
             raise ArgumentError(f"--model {request.model}: {describe(error)}") from error
+        except CheckpointError as error:
+            raise ArgumentError(f"--resume: {' '.join(str(error).split())}") from error
     seconds = time.perf_counter() - started
     labels = split.test_labels
     right = accuracy(trained.logits, labels)
@@ -159,18 +198,59 @@ def _train_into(
     metrics = collect_metrics(request, settings, split, trained, right, surprise, divided)
     models = "model" if settings.members == 1 else "models"
     what = f"{settings.members} {models} ({request.model}) on {request.data}"
-    picture = _draw(divided, split, settings.members, what)
     content = (json.dumps(metrics, indent=2, allow_nan=False) + "\n").encode()
-    files = folder.write({PICTURE: picture, METRICS: content})
+    pictures = _draw(divided, split, settings, trained, right, what)
+    files = folder.write({**pictures, METRICS: content})
     title = f"{what}, {len(labels):,} test images"
-    return TrainReport(metrics, score_table(title, right, surprise), files, seconds)
+    table = score_table(title, right, surprise, rates=_own_rates(settings))
+    return TrainReport(metrics, table, files, seconds, _notes(trained))
 
 
-def _draw(divided: list[DividedImage], split: Split, members: int, title: str) -> bytes:
+def _own_rates(settings: Settings) -> tuple[float, ...] | None:
+    """The learning rates if they differ."""
+    return settings.rates if len(set(settings.rates)) > 1 else None
+
+
+def _notes(trained: Trained) -> list[str]:
+    stopped = trained.history.stopped
+    texts: dict[Stop, str] = {
+        "patience": "stopped early",
+        "not finite": "were frozen, their loss was not finite",
+    }
+    found = []
+    for why, text in texts.items():
+        members = [str(i) for i, own in enumerate(stopped) if own == why]
+        if members:
+            listed = ", ".join(members[:10]) + (" ..." if len(members) > 10 else "")
+            found.append(f"{len(members)} of {len(stopped)} members {text}: {listed}")
+    return found
+
+
+def _draw(
+    divided: list[DividedImage],
+    split: Split,
+    settings: Settings,
+    trained: Trained,
+    right: Scores,
+    title: str,
+) -> dict[str, bytes]:
     # Imported here: matplotlib is an extra, and `require` has made sure of it by now.
     from unisono.commands.picture import draw_divided
+    from unisono.plots import learning_curves, sweep, to_png
 
-    return draw_divided(divided, split.test_images, members=members, title=title)
+    history = trained.history
+    members = settings.members
+    curves = learning_curves(history.loss, validation_loss=history.validation_loss, title=title)
+    found = {
+        PICTURE: draw_divided(divided, split.test_images, members=members, title=title),
+        CURVES: to_png(curves),
+    }
+    rates = _own_rates(settings)
+    if rates is not None:
+        scores = np.array(right.members)
+        figure = sweep(np.array(rates), scores, what="learning rate", score="test accuracy")
+        found[SWEEP] = to_png(figure)
+    return found
 
 
 def collect_metrics(
@@ -187,14 +267,17 @@ def collect_metrics(
     Returns:
         Plain lists, numbers and strings; a value that isn't finite is None.
     """
+    history = trained.history.to_dict()
     return {
         "data": request.data,
         "model": request.model,
         "members": settings.members,
         "epochs": settings.epochs,
         "seed": settings.seed,
-        "lr": settings.lr,
+        "lr": list(settings.rates) if _own_rates(settings) else settings.rates[0],
         "batch_size": settings.batch_size,
+        "sampling": settings.sampling,
+        "patience": settings.patience,
         "device": settings.device.type,
         "torch": torch.__version__,
         "train_images": len(split.train_images),
@@ -202,7 +285,10 @@ def collect_metrics(
         "classes": split.classes,
         "accuracy": right.to_json(),
         "nll": surprise.to_json(),
-        "train_loss": [[finite_or_none(loss) for loss in losses] for losses in trained.losses],
+        "train_loss": history["loss"],
+        "validation_loss": history["validation_loss"],
+        "stopped": history["stopped"],
+        "best_epoch": history["best_epoch"],
         "divided_images": len(divided),
         "most_divided": [
             {"index": case.index, "label": case.label, "votes": list(case.votes)}
