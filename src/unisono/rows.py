@@ -54,5 +54,9 @@ def copy_rows(
     """
     for name, tensor in target.items():
         rows = source[name]
-        taken = rows.detach().index_select(0, torch.tensor(of, device=rows.device))
-        tensor.detach().index_copy_(0, torch.tensor(to, device=tensor.device), taken)
+        taken = rows.detach().index_select(0, _index(of, rows))
+        tensor.detach().index_copy_(0, _index(to, tensor), taken)
+
+
+def _index(members: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(list(members), dtype=torch.int64, device=like.device)
