@@ -235,26 +235,41 @@ def test_a_member_that_explodes_is_frozen_and_the_others_are_unharmed_bitwise(
         assert torch.equal(tensor[2], Ensemble(models).stacked_tensors()[name][2]), name
 
 
-def test_a_member_is_frozen_at_its_last_good_epoch_with_its_optimizer_state(data):
-    ens, models = build()
-    optimizer = optim.Adam(ens, lr=0.01)
+@pytest.mark.parametrize("make", [relu, cnn])
+def test_a_member_is_frozen_at_its_last_good_epoch_with_its_optimizer_state(data, make):
+    ens, _ = build(make)
+    optimizer = optim.Adam(ens, lr=RATES)
     states = []
 
-    def explode(end):
-        states.append([tensor[1].clone() for tensor in end.ensemble.stacked_tensors().values()])
-        if end.epoch == 1:
-            group = end.optimizer.param_groups[0]
-            assert "lr" in group
-            with torch.no_grad():
-                end.ensemble.members[0].weight[1] = torch.inf
+    def rows():
+        tensors = ens.stacked_tensors()
+        moments = [v for state in optimizer.state.values() for v in state.values()]
+        return [tensor[1].detach().clone() for tensor in [*tensors.values(), *moments]]
 
-    with pytest.warns(EnsembleWarning, match="in epoch 2 .* member 1 "):
-        train(ens, data, optimizer, epochs=4, callbacks=[explode])
-    now = [tensor[1] for tensor in ens.stacked_tensors().values()]
-    assert torch.isinf(now[0]).all()  # what the callback did is what it started from
-    for state in optimizer.state.values():
-        for value in state.values():
-            assert torch.isfinite(value).all()
+    def explode(end):
+        states.append(rows())
+        if end.epoch == 1:
+            end.optimizer.param_groups[1]["lr"] = 1e300
+
+    with pytest.warns(EnsembleWarning, match=r"in epoch 2 .* member 1 \(loss "):
+        train(ens, data, optimizer, epochs=5, callbacks=[explode])
+    for now, before in zip(rows(), states[1], strict=True):
+        assert torch.equal(now, before)
+    assert len(states[1]) == len(states[4])
+    assert not torch.equal(states[0][0], states[1][0])
+
+
+def test_frozen_members_leave_when_they_are_the_majority(data, monkeypatch):
+    seen = sizes_of_epochs(monkeypatch)
+    ens, _ = build(relu)
+    with pytest.warns(EnsembleWarning, match="member 0 .*, member 1 .*, member 2 "):
+        train(ens, data, optim.SGD(ens, lr=[1e300, 1e300, 1e300, 0.1]), epochs=3)
+    assert seen == [4, 1, 1]
+    seen.clear()
+    ens, _ = build(relu)
+    with pytest.warns(EnsembleWarning, match="member 2 "):
+        train(ens, data, optim.SGD(ens, lr=[0.1, 0.1, 1e300, 0.1]), epochs=3)
+    assert seen == [4, 4, 4]
 
 
 def test_bad_rows_end_only_the_members_that_see_them(data):
@@ -615,5 +630,5 @@ def test_a_plateau_needs_epochs_and_validation(data):
     ens, _ = build()
     optimizer = optim.SGD(ens, lr=0.1)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
-    with pytest.raises(ValueError, match="goes by epochs.*goes by the validation loss"):
+    with pytest.raises(ValueError, match=r"goes by epochs.*goes by the validation loss"):
         train(ens, data, optimizer, scheduler=plateau, scheduler_every="step")

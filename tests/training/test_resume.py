@@ -225,12 +225,12 @@ SCRIPT = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
 from test_resume import train
-ens, optimizer, history = train(sys.argv[2], resume=True, epochs=40, patience=None)
+ens, optimizer, history = train(sys.argv[2], resume=True, epochs=int(sys.argv[4]), patience=None)
 torch.save({n: t.detach().clone() for n, t in ens.stacked_tensors().items()}, sys.argv[3])
 """
 
 
-def start(tmp_path, file):
+def start(tmp_path, file, epochs):
     path = os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [
@@ -240,32 +240,31 @@ def start(tmp_path, file):
             str(Path(__file__).parent),
             str(file),
             str(tmp_path / "result"),
+            str(epochs),
         ],
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
     )
 
 
-def kill_and_resume(tmp_path, kills):
+def kill_and_resume(tmp_path, kills, epochs):
     torch.set_num_threads(1)
-    whole = train(tmp_path / "whole", epochs=40, patience=None)
+    whole = train(tmp_path / "whole", epochs=epochs, patience=None)
     file = tmp_path / "run"
     dice = random.Random(0)
     killed = 0
     while killed < kills:
-        process = start(tmp_path, file)
+        process = start(tmp_path, file, epochs)
         before = file.stat().st_mtime_ns if file.exists() else 0
         while process.poll() is None and (not file.exists() or file.stat().st_mtime_ns == before):
             time.sleep(0.005)
         time.sleep(dice.random() * 0.05)
-        if process.poll() is not None:
-            break  # it was done before it was hit
         process.send_signal(signal.SIGKILL)
-        process.wait()
         process.stderr.close()
+        assert process.wait() == -signal.SIGKILL, "it was done before it was hit: more epochs"
         killed += 1
         read(file, what="a checkpoint")  # whole, whenever it was
-    process = start(tmp_path, file)
+    process = start(tmp_path, file, epochs)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err.decode()
     result = torch.load(tmp_path / "result")
@@ -283,13 +282,13 @@ def _threads():
 
 @pytest.mark.usefixtures("_threads")
 def test_killed_twice_and_resumed(tmp_path):
-    assert kill_and_resume(tmp_path, 2) == 2
+    assert kill_and_resume(tmp_path, 2, epochs=60) == 2
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_threads")
 def test_killed_twenty_times_and_resumed(tmp_path):
-    assert kill_and_resume(tmp_path, 20) == 20
+    assert kill_and_resume(tmp_path, 20, epochs=600) == 20
 
 
 # Refusals -----------------------------------------------------------------------------------------
@@ -334,7 +333,7 @@ def test_other_settings_are_listed_all_at_once_and_nothing_is_changed(tmp_path):
     ens = Ensemble.build(lambda: nn.Linear(6, 3), N + 1)
     before = copy.deepcopy(ens.state_dict())
     optimizer = optim.SGD(ens, lr=0.1)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError, match="is a checkpoint of another training") as caught:
         fit(
             ens,
             data,

@@ -56,5 +56,5 @@ def from_plain(value: Any) -> Any:
     kind, items = value[_KIND], [from_plain(item) for item in value["items"]]
     if kind == "tuple":
         return tuple(items)
-    pairs = {key: item for key, item in items}
+    pairs = dict(items)
     return Counter(pairs) if kind == "counter" else pairs

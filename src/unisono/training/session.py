@@ -215,7 +215,7 @@ class Session:
         self, epoch: int, running: Running, before: Snapshot, lost: list[int], losses: Array
     ) -> None:
         members = [running.members[i] for i in lost]
-        names = ", ".join(f"member {m} (loss {losses[i]:.3g})" for i, m in zip(lost, members))
+        names = ", ".join(f"member {running.members[i]} (loss {losses[i]:.3g})" for i in lost)
         trained = [n for n, t in shared_tensors(running.ens).items() if t.requires_grad]
         if trained:
             before.restore_all()
