@@ -75,9 +75,18 @@ def test_importing_changes_nothing():
 # Docstrings ---------------------------------------------------------------------------------------
 
 
+PUBLIC_MODULES = (
+    "unisono",
+    "unisono.combine",
+    "unisono.optim",
+    "unisono.plots",
+    "unisono.training.sampling",
+)
+
+
 def public_names():
     """Every public function and class, by dotted name; the classes' public methods too."""
-    for module_name in ("unisono", "unisono.combine"):
+    for module_name in PUBLIC_MODULES:
         module = importlib.import_module(module_name)
         for name, obj in vars(module).items():
             ours = getattr(obj, "__module__", "").partition(".")[0] == "unisono"

@@ -114,7 +114,18 @@ def sweep(values: Array, scores: Array, *, what: str, score: str, title: str = "
 
 
 def to_png(figure: Figure) -> bytes:
-    """The figure as a PNG file; the same bytes for the same figure."""
+    """Write a figure as a PNG file; the same bytes for the same figure.
+
+    Args:
+        figure: A Matplotlib figure.
+
+    Returns:
+        The content of the file.
+
+    Example:
+        >>> to_png(learning_curves(np.ones((3, 2))))[1:4]
+        b'PNG'
+    """
     content = io.BytesIO()
     figure.savefig(content, format="png")
     return content.getvalue()
@@ -148,5 +159,6 @@ def _members(axes: Axes, values: Array, color: str, name: str) -> None:
     else:
         axes.plot(epochs, values, color=color, lw=0.7, alpha=0.35, marker=marker)
     count = values.shape[1]
-    label = f"{name}, mean of {count} members" if count > 1 else name
+    of = "the members that train" if np.isnan(values).any() else f"{count} members"
+    label = f"{name}, mean of {of}" if count > 1 else name
     axes.plot(epochs, mean, color=color, lw=2, marker=marker, label=label)

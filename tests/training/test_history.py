@@ -78,8 +78,8 @@ def test_the_picture_has_a_line_for_each_member_and_their_mean():
     assert len(axes.lines) == 2 * (3 + 1) + 1
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == [
-        "training, mean of 3 members",
-        "validation, mean of 3 members",
+        "training, mean of the members that train",
+        "validation, mean of the members that train",
         "validation, combined prediction",
     ]
     assert plots.to_png(history().plot()) == plots.to_png(history().plot())

@@ -318,6 +318,26 @@ def test_another_file_is_refused_and_left(tmp_path, content):
     assert file.read_bytes() == content
 
 
+class Bomb:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_nothing_in_a_file_is_executed(tmp_path):
+    file = tmp_path / "run"
+    torch.save(Bomb(tmp_path / "executed"), file)
+    with pytest.raises(CheckpointError, match=r"run isn't a checkpoint of unisono\.fit"):
+        train(file, resume=True)
+    assert not (tmp_path / "executed").exists()
+    torch.load(file, weights_only=False)
+    assert (tmp_path / "executed").exists(), "the bomb is no bomb"
+
+
 def test_a_truncated_file(tmp_path):
     file = tmp_path / "run"
     train(file, epochs=1)

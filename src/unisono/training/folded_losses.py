@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Final
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -77,8 +76,8 @@ def folded_losses(loss_fn: LossFn, outputs: Any, targets: Any, n: int) -> Tensor
     reduction = options.get("reduction", "mean")
     if reduction not in _REDUCTIONS:
         return None
-    shape = y.shape[1:] if marked else y.shape
     if fn in _ELEMENTWISE and options.keys() <= _ELEMENTWISE[fn]:
+        shape = y.shape[1:] if marked else y.shape
         if shape != outputs.shape[1:] or _is_wide(options, outputs.dim() - 1):
             return None
         losses: Tensor = fn(outputs, y if marked else y.expand_as(outputs), **_unreduced(options))
@@ -87,8 +86,6 @@ def folded_losses(loss_fn: LossFn, outputs: Any, targets: Any, n: int) -> Tensor
             return losses
         return losses.mean(own) if reduction == "mean" else losses.sum(own)
     if fn in _OF_CLASSES and options.keys() <= _OF_CLASSES[fn]:
-        if shape != _targets_shape(outputs, y):
-            return None
         return _loss_of_classes(fn, n, (outputs, 0), (y, 0 if marked else None), options)
     return None
 
@@ -113,13 +110,6 @@ def _is_wide(options: Mapping[str, Any], rank: int) -> bool:
     """Whether a weight has more axes than the outputs of a member, so that it would meet N."""
     weights = [options.get("weight"), options.get("pos_weight")]
     return any(isinstance(weight, Tensor) and weight.dim() > rank for weight in weights)
-
-
-def _targets_shape(outputs: Tensor, y: Tensor) -> torch.Size:
-    """What a member's targets look like: probabilities of the classes, or the classes' numbers."""
-    if y.is_floating_point():
-        return outputs.shape[1:]  # (B, C, *)
-    return outputs.shape[1:2] + outputs.shape[3:] if outputs.dim() > 2 else torch.Size()
 
 
 def _loss_of_classes(

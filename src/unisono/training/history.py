@@ -82,6 +82,17 @@ class History:
         - loss, lr, validation_loss, each of metrics: (epochs, N)
         - seconds, combined_loss, each of combined_metrics: (epochs)
         - best_epoch: (N)
+
+    Example:
+        >>> import torch
+        >>> from unisono import Ensemble, fit, optim
+        >>> ens = Ensemble.build(lambda: torch.nn.Linear(3, 1), 4)
+        >>> x, y = torch.randn(20, 3), torch.randn(20, 1)
+        >>> loss = torch.nn.functional.mse_loss
+        >>> sgd = optim.SGD(ens, lr=0.1)
+        >>> history = fit(ens, (x, y), loss=loss, optimizer=sgd, epochs=2, progress=False)
+        >>> history.loss.shape, history.stopped
+        ((2, 4), ('', '', '', ''))
     """
 
     loss: Array

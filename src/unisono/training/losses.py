@@ -24,7 +24,8 @@ def member_losses(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: 
     ``loss_fn`` sees the outputs of one member as the model returns them. What `torch.nn` has runs
     for all members in a few operations, whatever N is; so does a function of your own, unless its
     Python code depends on the values of tensors. Such a function runs for one member after another,
-    with one `EnsembleWarning`.
+    with one `EnsembleWarning`; inside of `torch.compile` it raises, as does
+    `F.gaussian_nll_loss`, which looks at the signs of the variances.
 
     Args:
         loss_fn: A function ``loss_fn(output, target)`` that returns a tensor with one number: a

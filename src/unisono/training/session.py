@@ -53,6 +53,11 @@ class EpochEnd:
         optimizer: Its optimizer, whose param groups may be changed.
         history: All epochs so far.
         running: The members that go on.
+
+    Example:
+        >>> def stop_when_good(end: EpochEnd) -> bool:
+        ...     return bool((end.history.loss[-1] < 0.1).all())
+        >>> callbacks = [stop_when_good]  # for `fit`
     """
 
     epoch: int

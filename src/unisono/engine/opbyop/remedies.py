@@ -45,7 +45,7 @@ def fallback_text(template: Template, call: Call, reason: Exception) -> str:
         f"{_ensemble(template, call)}: {where} can't run for all members at once, so this call"
         f' runs member by member from now on (strategy "loop").'
         f"\n  reason: {why}"
-        f"\n  remedy: {_remedy(why) or f'rewrite {where} with batched operations'};"
+        f"\n  remedy: {remedy_for(why) or f'rewrite {where} with batched operations'};"
         f' strategy="loop" says that the loop is fine, strategy="fused" makes this an error'
     )
 
@@ -65,13 +65,13 @@ def detour_text(
     where, why = locate(reason, template.module), _first_line(reason)
     ops = [
         f"\n  {_place(d)}: {d.op}, for one member after another\n    reason: {d.reason}"
-        f"\n    remedy: {_remedy(f'{d.op}: {d.reason}') or 'rewrite it with other operations'}"
+        f"\n    remedy: {remedy_for(f'{d.op}: {d.reason}') or 'rewrite it with other operations'}"
         for d in detours[:_SHOWN]
     ]
     if len(detours) > _SHOWN:
         ops.append(f"\n  ... and {len(detours) - _SHOWN} more")
     if not ops:
-        remedy = _remedy(why) or "make them from an input"
+        remedy = remedy_for(why) or "make them from an input"
         own = "every member gets its own copy of the inputs and of the tensors made there"
         ops = [f"\n  {where}: {own}\n    reason: {why}\n    remedy: {remedy}"]
     return (
@@ -93,5 +93,6 @@ def _first_line(reason: Exception) -> str:
     return f"{type(reason).__name__}: {first_sentence(str(reason))}"
 
 
-def _remedy(text: str) -> str:
+def remedy_for(text: str) -> str:
+    """The edit that helps against what a message of torch says; empty if none is known."""
     return next((edit for parts, edit in _REMEDIES if any(part in text for part in parts)), "")
