@@ -17,7 +17,7 @@ from torch import Tensor
 from unisono.optim import fused
 from unisono.optim.elementwise import descent
 from unisono.optim.fused import Tensors
-from unisono.optim.hyperparameters import Array, Hyperparameter, Values, at_least_zero, flag
+from unisono.optim.hyperparameters import Array, Hyperparameter, Steps, Values, at_least_zero, flag
 from unisono.optim.paths import Method
 
 
@@ -42,10 +42,13 @@ class AdamMethod(Method):
         flag("maximize"),
         flag("decoupled_weight_decay"),
     )
-    has_kernel = True
 
     def __init__(self, name: str) -> None:
         self.name = name  # type: ignore[misc]
+
+    def has_kernel(self, parameters: list[Tensor]) -> bool:
+        """Those that `torch.optim.Adam` fuses."""
+        return fused.has_kernel(parameters)
 
     def moments(self, values: Values) -> tuple[str, ...]:
         """Both averages, and the largest second one if a member asks for it."""
@@ -56,7 +59,7 @@ class AdamMethod(Method):
         """Each step."""
         return np.ones(1)
 
-    def phase(self, steps: Array) -> Array:
+    def phase(self, steps: Steps) -> Steps:
         """The number of steps, by which the averages are corrected."""
         return steps
 
@@ -104,11 +107,7 @@ class AdamMethod(Method):
         mean.lerp_(gradient, coefficients["weight1"])
         scratch = gradient * gradient
         square.lerp_(scratch, coefficients["weight2"])
-        if "amsgrad" in coefficients:
-            _take_largest(scratch, square, state["max_exp_avg_sq"], coefficients)
-            scratch.sqrt_()
-        else:
-            torch.sqrt(square, out=scratch)
+        torch.sqrt(_under_root(state, coefficients, scratch), out=scratch)
         scratch.add_(coefficients["eps"])
         parameter.addcdiv_(mean * coefficients["rate"], scratch)
 
@@ -125,16 +124,18 @@ class AdamMethod(Method):
         fused.adam(parameters, gradients, state, values, member, done)
 
 
-def _take_largest(
-    out: Tensor, square: Tensor, largest: Tensor, coefficients: Mapping[str, Tensor]
-) -> None:
-    """Write what stands under the root to ``out``: the largest v for members with AMSGrad."""
+def _under_root(
+    state: Mapping[str, Tensor], coefficients: Mapping[str, Tensor], scratch: Tensor
+) -> Tensor:
+    """v, or the largest v so far for members with AMSGrad."""
+    square = state["exp_avg_sq"]
+    if "amsgrad" not in coefficients:
+        return square
+    largest = state["max_exp_avg_sq"]
     if "plain" not in coefficients:
-        torch.maximum(largest, square, out=largest)
-        out.copy_(largest)
-        return
+        return torch.maximum(largest, square, out=largest)
     # Factors of 0 and 1 choose exactly: v is never negative, so others' rows of zeros stay.
-    torch.mul(square, coefficients["amsgrad"], out=out)
-    torch.maximum(largest, out, out=largest)
-    torch.mul(square, coefficients["plain"], out=out)
-    out.addcmul_(largest, coefficients["amsgrad"])
+    torch.mul(square, coefficients["amsgrad"], out=scratch)
+    torch.maximum(largest, scratch, out=largest)
+    torch.mul(square, coefficients["plain"], out=scratch)
+    return scratch.addcmul_(largest, coefficients["amsgrad"])

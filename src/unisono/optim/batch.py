@@ -18,7 +18,7 @@ class Batch:
     """Parameters on one device, of one dtype, whose members stand at the same steps.
 
     Args:
-        parameters: The parameters, detached from autograd.
+        parameters: The parameters.
         gradients: One for each.
         state: For each key of the state one tensor for each parameter.
         steps: The number of steps that each member has done.
@@ -86,14 +86,20 @@ def is_in_order(tensor: Tensor, like: Tensor) -> bool:
 
 def in_order(tensor: Tensor, like: Tensor) -> Tensor:
     """The tensor with the dtype, the device and the order in memory of ``like``."""
-    if (
-        tensor.dtype == like.dtype
-        and tensor.device == like.device
-        and tensor.is_conj() == like.is_conj()
-        and is_in_order(tensor, like)
-    ):
+    if tensor.dtype == like.dtype and tensor.device == like.device and is_in_order(tensor, like):
         return tensor
     return torch.empty_like(like).copy_(tensor)
+
+
+def as_stored(tensor: Tensor, like: Tensor) -> Tensor:
+    """A contiguous view of a tensor that is `is_in_order`: its axes as they lie in memory.
+
+    torch's fused kernels copy what isn't contiguous, and to a kernel that treats all elements
+    alike it makes no difference which axis is which.
+    """
+    if like.is_contiguous():
+        return tensor
+    return tensor.permute(sorted(range(like.dim()), key=like.stride, reverse=True))
 
 
 def as_real(tensor: Tensor) -> Tensor:
@@ -121,9 +127,7 @@ class Memory:
 
 
 def _places(tensors: Sequence[Tensor]) -> list[Any]:
-    return [
-        (id(t.untyped_storage()), t.storage_offset(), t.shape, t.stride(), t.dtype) for t in tensors
-    ]
+    return [(id(t.untyped_storage()), t.storage_offset(), t.shape, t.stride()) for t in tensors]
 
 
 def cuts(shape: Sequence[int], size: int | None) -> list[tuple[int, int]]:

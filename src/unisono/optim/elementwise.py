@@ -17,9 +17,9 @@ from torch import Tensor
 from unisono.optim.batch import Batch, Memory, as_real, cuts
 from unisono.optim.hyperparameters import Array
 
-# Elements of a block on a CPU: a block and what belongs to it lie in the second-level cache, and
-# it is large enough for torch's threads to share it. Measured with `Adam` on 2 cores.
-BLOCK: Final = 2**17
+# Elements of a block for each thread of a CPU: what belongs to it lies in the second-level cache.
+# Half of it is the least that torch gives to a thread.
+BLOCK: Final = 2**16
 
 Coefficients = Mapping[str, Array]
 Passes = Callable[[Tensor, Tensor, Mapping[str, Tensor], Mapping[str, Tensor]], None]
@@ -61,14 +61,14 @@ class Cut:
         self._host = torch.from_numpy(self._table)
         self._device = first.device
         self._kept: list[dict[str, Tensor]] | None = None
-        size = BLOCK if self._on_host else None
+        size = BLOCK * torch.get_num_threads() if self._on_host else None
         self.blocks = [
             Block(
                 place,
                 start,
                 stop,
-                as_real(parameter)[start:stop],
-                {key: as_real(tensors[place])[start:stop] for key, tensors in batch.state.items()},
+                _rows(parameter, start, stop),
+                {key: _rows(each[place], start, stop) for key, each in batch.state.items()},
             )
             for place, parameter in enumerate(batch.parameters)
             for start, stop in cuts(parameter.shape, size)
@@ -91,7 +91,7 @@ class Cut:
             axes = block.parameter.ndim - 1
             key = (block.start, block.stop, axes)
             if key not in made:
-                rows = table[:, block.start : block.stop]
+                rows = table.narrow(1, block.start, block.stop - block.start)
                 rows = rows.view(*rows.shape, *[1] * axes)
                 made[key] = dict(zip(self._names, rows.unbind(), strict=True))
             found.append(made[key])
@@ -117,8 +117,8 @@ def update(batch: Batch, passes: Passes, values: Coefficients, memory: Memory) -
     gradients = [as_real(gradient) for gradient in batch.gradients]
     for block, coefficients in zip(cut.blocks, cut.coefficients(values), strict=True):
         gradient = gradients[block.place]
-        if block.stop - block.start < len(gradient):
-            gradient = gradient[block.start : block.stop]
+        if block.stop - block.start < gradient.shape[0]:
+            gradient = gradient.narrow(0, block.start, block.stop - block.start)
         passes(block.parameter, gradient, block.state, coefficients)
 
 
@@ -138,3 +138,7 @@ def descent(parameter: Tensor, gradient: Tensor, coefficients: Mapping[str, Tens
     elif "decay" in coefficients:
         gradient = torch.addcmul(gradient, parameter, coefficients["decay"])
     return gradient
+
+
+def _rows(tensor: Tensor, start: int, stop: int) -> Tensor:
+    return as_real(tensor.detach()).narrow(0, start, stop - start)

@@ -16,14 +16,15 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 from unisono.optim.hyperparameters import Values
 
 Tensors = list[Tensor] | tuple[Tensor, ...]  # what the kernels take for a list
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def has_kernel(parameter: Tensor) -> bool:
-    """Whether torch's fused kernels take a parameter of this kind."""
+def has_kernel(parameters: list[Tensor]) -> bool:
+    """Whether torch's fused kernels take these parameters, all on one device and of one dtype."""
     return (
-        type(parameter) in (Tensor, torch.nn.Parameter)
-        and parameter.is_floating_point()
-        and parameter.device.type in _get_fused_kernels_supported_devices()
+        all(type(parameter) in _PLAIN for parameter in parameters)
+        and parameters[0].is_floating_point()
+        and parameters[0].device.type in _get_fused_kernels_supported_devices()
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 Kind = Literal["number", "flag", "pair"]
 Array = NDArray[np.float64]
+Steps = NDArray[np.float32] | Array  # numbers of steps, as they are kept or to compute with
 
 _WHAT: Final[dict[Kind, str]] = {
     "number": "a number, or {n} numbers, one per member",

@@ -22,7 +22,7 @@ from unisono.optim.checks import (
     check_fits,
     check_loaded,
 )
-from unisono.optim.hyperparameters import Array, PerMember, Reader, Values, parse_all
+from unisono.optim.hyperparameters import PerMember, Reader, Steps, Values, parse_all
 from unisono.optim.paths import Method, update
 from unisono.options import check_copies
 
@@ -312,7 +312,7 @@ class MemberOptimizer(torch.optim.Optimizer):
             Each batch, and whether its parameters are those that all members share.
         """
         keys = self.method.moments(values)
-        found: defaultdict[_Kind, list[tuple[Tensor, Array]]] = defaultdict(list)
+        found: defaultdict[_Kind, list[tuple[Tensor, Steps]]] = defaultdict(list)
         for p in parameters:
             if p.grad is None:
                 continue
@@ -324,28 +324,29 @@ class MemberOptimizer(torch.optim.Optimizer):
         for kind, same in found.items():
             yield self._batch([p for p, _ in same], keys, same[0][1], values), kind[0]
 
-    def _steps(self, parameter: Tensor, keys: Sequence[str]) -> Array:
+    def _steps(self, parameter: Tensor, keys: Sequence[str]) -> Steps:
         """The steps that each member has done, with a state that is ready for the next one."""
         rows = self._rows_of(parameter)
         if not keys:  # no state, as in torch, unless there is one already
-            kept = self.state.get(parameter, {}).get(states.STEP)
-            return np.zeros(rows or 1) if kept is None else _numbers(kept)
-        states.prepare(self.state[parameter], parameter, keys, rows)
-        return _numbers(self.state[parameter][states.STEP])
+            kept = self.state.get(parameter, {})
+            return states.steps_done(kept) if states.STEP in kept else np.zeros(rows or 1)
+        state = self.state[parameter]
+        states.prepare(state, parameter, keys, rows)
+        return states.steps_done(state)
 
     def _batch(
-        self, parameters: list[Tensor], keys: Sequence[str], steps: Array, values: Values
+        self, parameters: list[Tensor], keys: Sequence[str], steps: Steps, values: Values
     ) -> Batch:
         is_shared = self._is_shared(parameters[0])
 
         def rows(tensor: Tensor) -> Tensor:
-            return tensor.detach().unsqueeze(0) if is_shared else tensor.detach()
+            return tensor.unsqueeze(0) if is_shared else tensor
 
         return Batch(
             [rows(p) for p in parameters],
             [rows(p.grad) for p in parameters if p.grad is not None],
             {key: [rows(self.state[p][key]) for p in parameters] for key in keys},
-            steps,
+            steps.astype(np.float64).reshape(-1),
             values,
             key=tuple(map(id, parameters)),
         )
@@ -357,14 +358,16 @@ class MemberOptimizer(torch.optim.Optimizer):
         counted = self.method.counted(values)
         if not counted.any():
             return
-        own = torch.from_numpy(np.broadcast_to(counted, len(self._ens)).astype(np.float32))
-        if members is not None:
-            mask = torch.zeros(len(self._ens))
-            mask[list(members)] = 1
-            own *= mask
+        one = float(counted[0])
+        own: float | Tensor = one
+        if members is not None or len(counted) > 1:
+            each = np.zeros(len(self._ens), dtype=np.float32)
+            chosen = slice(None) if members is None else list(members)
+            each[chosen] = np.broadcast_to(counted, each.shape)[chosen]
+            own = torch.from_numpy(each)
         for p in parameters:
             if p.grad is not None:
-                self.state[p][states.STEP].add_(float(counted[0]) if self._is_shared(p) else own)
+                self.state[p][states.STEP].add_(one if self._is_shared(p) else own)
 
     def _name_of(self, parameter: Tensor) -> str:
         return next(n for n, p in self._named_parameters().items() if p is parameter)
@@ -393,7 +396,3 @@ class MemberOptimizer(torch.optim.Optimizer):
                 states.copy(self.state[p], None, state, None, p)
             elif not self._is_shared(p) and (state or self.state.get(p)):
                 states.copy(self.state[p], to, state, of, p)
-
-
-def _numbers(step: Tensor) -> Array:
-    return step.numpy().astype(np.float64).reshape(-1)

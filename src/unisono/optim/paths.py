@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from unisono.optim import elementwise
-from unisono.optim.batch import Batch, Memory, in_order
-from unisono.optim.fused import Tensors, has_kernel
-from unisono.optim.hyperparameters import Array, Hyperparameter, Values
+from unisono.optim.batch import Batch, Memory, as_stored, in_order
+from unisono.optim.fused import Tensors
+from unisono.optim.hyperparameters import Array, Hyperparameter, Steps, Values
 
 # Elements of a member from which one call of a fused kernel per member costs less than elementwise
 # passes over all of them. A call takes some 8 us; the passes take 2 to 3 times as long per element.
@@ -26,16 +26,18 @@ class Method(ABC):
     Attributes:
         name: The name of the optimizer.
         hyperparameters: In the order in which the optimizer takes them.
-        has_kernel: Whether torch has a fused kernel for it.
     """
 
     name: ClassVar[str]
     hyperparameters: ClassVar[tuple[Hyperparameter, ...]]
-    has_kernel: ClassVar[bool]
 
     def problems(self, values: Mapping[str, Any]) -> list[str]:
         """What is wrong in the values of one member beside each of them by itself."""
         return []
+
+    @abstractmethod
+    def has_kernel(self, parameters: list[Tensor]) -> bool:
+        """Whether torch has a fused kernel that takes these parameters."""
 
     @abstractmethod
     def moments(self, values: Values) -> tuple[str, ...]:
@@ -46,7 +48,7 @@ class Method(ABC):
         """For each member 1 if a step counts in ``step``, else 0; of shape (1) or (N)."""
 
     @abstractmethod
-    def phase(self, steps: Array) -> Array:
+    def phase(self, steps: Steps) -> Steps:
         """What of the number of steps done has a part in the update."""
 
     @abstractmethod
@@ -85,19 +87,21 @@ def update(method: Method, batch: Batch, active: Sequence[int] | None, memory: M
         active: The members to update; None for all. The others aren't read nor written.
         memory: What is kept from step to step.
     """
-    can_fuse = method.has_kernel and all(map(has_kernel, batch.parameters))
-    if can_fuse and batch.elements >= LARGE_MEMBER and not _agree(method, batch, active):
+    can_fuse = method.has_kernel(batch.parameters)
+    is_equal = can_fuse and _agree(method, batch, active)
+    if can_fuse and not is_equal and batch.elements >= LARGE_MEMBER:
         members = range(batch.num_members) if active is None else active
         _update_each(method, batch, members, memory)
         return
-    wide = batch.parameters[0].dtype in (torch.float16, torch.bfloat16) and not can_fuse
-    if active is not None or wide:
+    # Halves are updated in float32, and rounded once, as torch's kernels do it.
+    is_half = batch.parameters[0].dtype in (torch.float16, torch.bfloat16)
+    wide = torch.float32 if is_half and not is_equal else None
+    if active is not None or wide is not None:
         members = list(range(batch.num_members) if active is None else active)
-        # Halves are updated in float32, and rounded once, as torch's kernels do it.
-        some = batch.members(members, torch.float32 if wide else None)
+        some = batch.members(members, wide)
         update(method, some, None, memory)
         batch.put_back(members, some)
-    elif can_fuse and _agree(method, batch, None):
+    elif is_equal:
         _update_all(method, batch)
     else:
         coefficients = method.coefficients(batch.values, batch.steps)
@@ -114,9 +118,9 @@ def _agree(method: Method, batch: Batch, active: Sequence[int] | None) -> bool:
 
 def _update_all(method: Method, batch: Batch) -> None:
     """One call of the kernel for all members."""
-    pairs = zip(batch.gradients, batch.parameters, strict=True)
-    gradients = [in_order(gradient, parameter) for gradient, parameter in pairs]
-    method.fused(batch.parameters, gradients, batch.state, batch.values, 0, float(batch.steps[0]))
+    parameters = _stored(batch.parameters, batch)
+    state = {key: _stored(tensors, batch) for key, tensors in batch.state.items()}
+    method.fused(parameters, _gradients(batch), state, batch.values, 0, float(batch.steps[0]))
 
 
 def _update_each(method: Method, batch: Batch, members: Sequence[int], memory: Memory) -> None:
@@ -124,16 +128,28 @@ def _update_each(method: Method, batch: Batch, members: Sequence[int], memory: M
     key = ("members", tuple(batch.state), batch.key)
     views: _Views | None = None if batch.key is None else memory.recall(key, batch.tensors)
     if views is None:
-        views = _by_member(batch.parameters), {k: _by_member(t) for k, t in batch.state.items()}
+        views = (
+            _by_member(_stored(batch.parameters, batch)),
+            {k: _by_member(_stored(tensors, batch)) for k, tensors in batch.state.items()},
+        )
         if batch.key is not None:
             memory.remember(key, batch.tensors, views)
     parameters, state = views
-    pairs = zip(batch.gradients, batch.parameters, strict=True)
-    gradients = _by_member([in_order(gradient, parameter) for gradient, parameter in pairs])
+    gradients = _by_member(_gradients(batch))
     done = batch.steps.tolist()
     for i in members:
         own = {name: tensors[i] for name, tensors in state.items()}
         method.fused(parameters[i], gradients[i], own, batch.values, i, done[i])
+
+
+def _gradients(batch: Batch) -> list[Tensor]:
+    """The gradients as the kernels read them: by address, like the parameters."""
+    pairs = zip(batch.gradients, batch.parameters, strict=True)
+    return _stored([in_order(gradient, parameter) for gradient, parameter in pairs], batch)
+
+
+def _stored(tensors: Sequence[Tensor], batch: Batch) -> list[Tensor]:
+    return [as_stored(t, p) for t, p in zip(tensors, batch.parameters, strict=True)]
 
 
 _Rows = list[tuple[Tensor, ...]]

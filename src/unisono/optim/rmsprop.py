@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unisono.optim import momentum
 from unisono.optim.elementwise import descent
-from unisono.optim.hyperparameters import Array, Values, at_least_zero, flag
+from unisono.optim.hyperparameters import Array, Steps, Values, at_least_zero, flag
 from unisono.optim.paths import Method
 
 
@@ -32,7 +32,10 @@ class RMSpropMethod(Method):
         flag("centered"),
         flag("maximize"),
     )
-    has_kernel = False
+
+    def has_kernel(self, parameters: list[Tensor]) -> bool:
+        """There is none."""
+        return False
 
     def moments(self, values: Values) -> tuple[str, ...]:
         """The average, and what members with momentum or centring need."""
@@ -44,7 +47,7 @@ class RMSpropMethod(Method):
         """Each step."""
         return np.ones(1)
 
-    def phase(self, steps: Array) -> Array:
+    def phase(self, steps: Steps) -> Steps:
         """Nothing: all averages start from zero and aren't corrected."""
         return np.zeros_like(steps)
 

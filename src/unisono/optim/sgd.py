@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from unisono.optim import fused, momentum
 from unisono.optim.elementwise import descent
 from unisono.optim.fused import Tensors
-from unisono.optim.hyperparameters import Array, Hyperparameter, Values, at_least_zero, flag
+from unisono.optim.hyperparameters import Array, Hyperparameter, Steps, Values, at_least_zero, flag
 from unisono.optim.paths import Method
 
 
@@ -30,7 +31,6 @@ class SGDMethod(Method):
         flag("nesterov"),
         flag("maximize"),
     )
-    has_kernel = True
 
     def problems(self, values: Mapping[str, Any]) -> list[str]:
         """Nesterov's momentum needs one, and no dampening."""
@@ -38,6 +38,13 @@ class SGDMethod(Method):
             return []
         got = f"momentum={values['momentum']}, dampening={values['dampening']}"
         return [f"nesterov=True needs a momentum and no dampening; got {got}"]
+
+    def has_kernel(self, parameters: list[Tensor]) -> bool:
+        """Those that `torch.optim.SGD` fuses, but for halves on a CPU."""
+        # With torch 2.13 that kernel leaves most elements as they are (pytorch issue 191763).
+        first = parameters[0]
+        is_broken = first.device.type == "cpu" and first.dtype in (torch.float16, torch.bfloat16)
+        return fused.has_kernel(parameters) and not is_broken
 
     def moments(self, values: Values) -> tuple[str, ...]:
         """The buffer, if a member has momentum."""
@@ -47,7 +54,7 @@ class SGDMethod(Method):
         """Steps with momentum: whether there were any tells if the buffer holds something."""
         return (values.columns["momentum"] > 0).astype(np.float64)
 
-    def phase(self, steps: Array) -> Array:
+    def phase(self, steps: Steps) -> Steps:
         """Whether the buffer holds something."""
         return np.minimum(steps, 1)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from unisono.optim.batch import in_order
+from unisono.optim.hyperparameters import Steps
 from unisono.rows import copy_rows
 
 State = dict[str, Any]
@@ -32,6 +33,12 @@ def prepare(state: State, parameter: Tensor, keys: Sequence[str], num_members: i
             state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         else:
             state[key] = in_order(kept, parameter)
+
+
+def steps_done(state: State) -> Steps:
+    """The steps that each member has done: host numbers, so nothing waits for a device."""
+    steps: Steps = state[STEP].numpy()
+    return steps
 
 
 def normalise(state: State, num_members: int | None) -> None:
