@@ -82,13 +82,13 @@ def unisono(
     ens = Ensemble(models)
     n = len(models)
     if own_values:
-        eps = 1e-6
+        step_apart = 1e-9
 
         def each(value: float) -> list[float]:
-            return [value * (1 + eps * i / n) for i in range(n)]
+            return [value * (1 + step_apart * i) for i in range(n)]
 
         betas = list(zip(each(0.9), each(0.999), strict=True))
-        optimizer = optim.Adam(ens, each(LR), betas, each(1e-8), [1e-12 * i for i in range(n)])
+        optimizer = optim.Adam(ens, each(LR), betas, each(1e-8), [1e-15 * i for i in range(n)])
     else:
         optimizer = optim.Adam(ens, lr=LR)
     stacked, axis = _stacked(scenario, minibatches)

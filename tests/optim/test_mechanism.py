@@ -109,7 +109,7 @@ def test_the_passes_are_few() -> None:
     optimizer = optim.Adam(ens, lr=[0.1, 0.2, 0.3])
     optimizer.step()
     ops = ops_of_a_step(optimizer)
-    arithmetic = {"lerp_", "mul", "sqrt", "add_", "addcdiv_"}
+    arithmetic = {"lerp_", "mul", "sqrt", "add_", "div_", "addcdiv_"}
     steps_counted = 4  # one for each parameter
     assert sum(ops[name] for name in arithmetic) == 7 * 4 + steps_counted
 
@@ -142,6 +142,35 @@ def test_parameters_in_another_order_in_memory(
         for key, value in ours.state[p].items():
             if key != "step" and 1 not in p.shape:
                 assert value.stride() == p.stride()
+
+
+@both
+@pytest.mark.parametrize("memory_format", ["transposed", "channels_last"])
+def test_kernels_get_everything_contiguous_and_in_one_order(
+    monkeypatch: pytest.MonkeyPatch, which: str, memory_format: Any
+) -> None:
+    # They copy what isn't contiguous, and on some devices read by address without a look.
+    monkeypatch.setattr(paths, "LARGE_MEMBER", 0)
+    kernel, calls = torch._fused_adam_, []
+
+    def spy(parameters: Any, *rest: Any, **values: Any) -> None:
+        read = [tensors for tensors in rest[:4] if tensors]  # without AMSGrad the fourth is empty
+        for like, *others in zip(parameters, *read, strict=True):
+            calls.append(all(t.is_contiguous() and t.shape == like.shape for t in (like, *others)))
+        kernel(parameters, *rest, **values)
+
+    monkeypatch.setattr(torch, "_fused_adam_", spy)
+    ens = Ensemble(make_models("mlp" if memory_format == "transposed" else "cnn"))
+    adopt(ens._planner.pool.take(), memory_format)
+    assert not all(p.is_contiguous() for p in ens.parameters())
+    values = {k: v for k, v in KINDS["Adam"].values(which).items() if k[0] != "d"}
+    optimizer = optim.Adam(ens, **values)
+    for p in ens.parameters():
+        p.grad = torch.randn(p.shape, dtype=p.dtype)  # in another order than its parameter
+        assert p.grad.is_contiguous()
+    optimizer.step()
+    assert calls
+    assert all(calls)
 
 
 @kinds

@@ -123,6 +123,9 @@ def test_chosen_members_train_on_and_come_home(kind: Kind, which: str) -> None:
     part = ours.select(small, chosen)
     train_ensemble(small, part, [x[chosen] for x in data[2:4]])
     assert type(part) is kind.ours
+    assert [len(group["params"]) for group in part.param_groups] == (
+        [4, 0] if which == "each" else [4]
+    )
     assert_bitwise(everything(ens, ours), before)
     for i in chosen:
         train_solo(solo[i : i + 1], theirs[i : i + 1], [x[i : i + 1] for x in data[2:4]])
@@ -164,3 +167,88 @@ def test_copying_members_of_the_ensemble_copies_their_state() -> None:
     for state in optimizer.state.values():
         assert state["step"].tolist() == [2, 2, 2]
         assert torch.equal(state["exp_avg"][1], state["exp_avg"][0])
+
+
+@kinds
+@values
+def test_what_changed_in_the_larger_optimizer_is_taken(kind: Kind, which: str) -> None:
+    ens, ours, _, _ = pair(kind, which, make_models("mlp"))
+    data = make_data("mlp", 4)
+    train_ensemble(ens, ours, data[:2])
+    small = ens[[2, 1]]
+    part = ours.select(small, [2, 1])
+    before = everything(small, part)
+    train_ensemble(ens, ours, data[2:])
+    for group in ours.param_groups:
+        group["lr"] *= 0.5
+        group["initial_lr"] = 7.0  # what a scheduler leaves
+    part.take_hyperparameters(ours, [2, 1])
+    assert_bitwise(everything(small, part), before)
+    rates = [group["lr"] for group in ours.param_groups]
+    expected = rates if which == "equal" else [rates[2], rates[1]]
+    assert [group["lr"] for group in part.param_groups] == expected
+    assert all(group["initial_lr"] == 7.0 for group in part.param_groups)
+    assert [g["member"] for g in part.param_groups] == ([None] if which == "equal" else [0, 1])
+    moments = {id(v) for kept in part.state.values() for v in kept.values()}
+    part.take(ours, [2, 1])
+    assert {id(v) for kept in part.state.values() for v in kept.values()} == moments  # in place
+    for name, p in small.members.named_parameters():
+        theirs = ours.state[ens.members.get_parameter(name)]
+        assert part.state[p].keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert torch.equal(part.state[p][key], value[[2, 1]])
+
+
+def test_state_that_is_new_or_not_there_yet_comes_home() -> None:
+    ens = Ensemble(make_models("mlp"))
+    ours = optim.Adam(ens)
+    part = ours.select(ens[[0, 2]], [0, 2])
+    part.take(ours, [0, 2])
+    assert not ours.state
+    assert not part.state
+    train_ensemble(part._ens, part, make_data("mlp", 2, 2))
+    ours.write_back(part, [0, 2])
+    for p, kept in ours.state.items():
+        assert kept["step"].tolist() == [2, 0, 2]
+        assert kept["exp_avg"].shape == p.shape
+        assert not kept["exp_avg"][1].any()
+    fresh = ours.select(ens[[0]], [0])
+    fresh.state.clear()  # as if nobody had stepped
+    ours.write_back(fresh, [0])
+    for kept in ours.state.values():
+        assert kept["step"].tolist() == [0, 0, 2]
+        assert not kept["exp_avg_sq"][0].any()
+
+
+def test_the_state_of_shared_parameters_goes_along_as_a_whole() -> None:
+    models = [SharedBackbone(nn.Linear(4, 6)).double() for _ in range(N)]
+    for model in models:
+        model.backbone = models[0].backbone
+    ens = Ensemble(models, shared="backbone.*")
+    own, shared = (list(ens.members.get_submodule(n).parameters()) for n in ("head", "backbone"))
+    groups = [{"params": own}, {"params": shared, "lr": 0.2}]
+    ours = optim.Adam(ens, lr=[0.1, 0.2, 0.3], params=groups)
+    data = torch.randn(4, 5, 4, dtype=torch.float64)
+
+    def train(target: Ensemble, optimizer: optim.Adam, x: Tensor) -> None:
+        optimizer.zero_grad()
+        target(x).square().sum().backward()
+        optimizer.step()
+
+    train(ens, ours, data[0])
+    small = ens[[1, 2]]
+    part = ours.select(small, [1, 2])
+    assert [group["member"] for group in part.param_groups] == [0, 1, None]
+    train(small, part, data[1])
+    ours.write_back(part, [1, 2])
+    mine = ours.state[ens.members.backbone.weight]
+    theirs = part.state[small.members.backbone.weight]
+    assert mine["step"] == 2
+    assert torch.equal(mine["exp_avg"], theirs["exp_avg"])
+    ours.copy_members(1, 0)
+    assert mine["step"].shape == ()
+    assert ours.state[ens.members.head.weight]["step"].tolist() == [2, 2, 2]
+    train(ens, ours, data[2])
+    part.take(ours, [1, 2])
+    assert torch.equal(mine["exp_avg"], theirs["exp_avg"])
+    assert theirs["step"] == 3

@@ -212,6 +212,18 @@ def test_sparse_gradients() -> None:
         optim.Adam(ens).step()
 
 
+def test_no_step_in_a_cuda_graph(monkeypatch: pytest.MonkeyPatch, ens: Ensemble) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    text = (
+        "SGD.step: a CUDA graph would repeat this step's hyperparameters and bias corrections,"
+        " which are numbers on the host; capture forward and backward, and step outside of the"
+        " graph"
+    )
+    with says(RuntimeError, text):
+        optim.SGD(ens).step()
+
+
 def trained(n: int, **values: Any) -> tuple[Ensemble, Any]:
     ens = Ensemble(make_models("mlp", n))
     optimizer = optim.Adam(ens, **values)
@@ -257,6 +269,9 @@ def test_states_of_other_ensembles() -> None:
     refuse(equal, other, "; ".join([*problems, "load it for an ensemble of as many members"]))
     ens = Ensemble(make_models("mlp"))
     some = optim.Adam(ens, params=list(ens.parameters())[:2])
+    missing = "betas, amsgrad, decoupled_weight_decay"
+    text = f"the state has no {missing}; it is of another optimizer than Adam"
+    refuse(equal, optim.RMSprop(ens).state_dict(), text)
     refuse(equal, some.state_dict(), "group 0 of the state has 2 parameters, here it has 4")
 
 

@@ -11,6 +11,7 @@ from solo_training import (
     N,
     SharedBackbone,
     assert_trained_alike,
+    everything,
     make_data,
     make_models,
     mlp,
@@ -84,3 +85,19 @@ def test_a_shared_backbone_is_trained_by_all(kind: Kind, which: str) -> None:
             for key in state:
                 kept = ours.state[p][key]
                 torch.testing.assert_close(kept if is_shared else kept[i], state[key].to(kept))
+
+
+@kinds
+def test_a_member_depends_on_its_own_data_alone(kind: Kind) -> None:
+    models, data = make_models("mlp"), make_data("mlp", 3)
+    other = [x.clone() for x in data]
+    for x in other:
+        x[1] += 1.0
+    (ens, ours, _, _), (ens2, theirs, _, _) = (pair(kind, "each", models) for _ in range(2))
+    train_ensemble(ens, ours, data)
+    train_ensemble(ens2, theirs, other)
+    first, second = everything(ens, ours), everything(ens2, theirs)
+    for name, tensor in first.items():
+        assert torch.equal(second[name][[0, 2]], tensor[[0, 2]]), name
+        if name.startswith("ens."):
+            assert not torch.equal(second[name][1], tensor[1]), name

@@ -113,3 +113,30 @@ def test_groups_are_changed_by_hand() -> None:
     train_ensemble(ens, ours, data[3:])
     train_solo(solo, theirs, data[3:])
     assert_trained_alike(ens, ours, solo, theirs)
+
+
+def test_a_list_that_is_changed_in_place_is_noticed() -> None:
+    ens, ours, solo, theirs = pair(KINDS["AdamW"], "each", make_models("mlp"))
+    data = make_data("mlp", 4)
+    betas = [0.7, 0.8]
+    for group in (ours.param_groups[1], theirs[1].param_groups[0]):
+        group["betas"] = betas
+    for x in data:
+        betas[0] /= 2
+        train_ensemble(ens, ours, [x])
+        train_solo(solo, theirs, [x])
+    assert_trained_alike(ens, ours, solo, theirs)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "RMSprop"])
+@pytest.mark.parametrize("which", ["equal", "each"])
+def test_a_momentum_that_pauses_keeps_its_buffer(kind: str, which: str) -> None:
+    ens, ours, solo, theirs = pair(KINDS[kind], which, make_models("mlp"))
+    data = make_data("mlp", 6)
+    mine = ours.param_groups[0]
+    for k, momentum in enumerate((0.9, 0.0, 0.7)):
+        for group in (mine, *(o.param_groups[0] for o in theirs[: N if which == "equal" else 1])):
+            group.update(momentum=momentum, **({"nesterov": False} if kind == "SGD" else {}))
+        train_ensemble(ens, ours, data[2 * k : 2 * k + 2])
+        train_solo(solo, theirs, data[2 * k : 2 * k + 2])
+        assert_trained_alike(ens, ours, solo, theirs)

@@ -101,15 +101,17 @@ class AdamMethod(Method):
     ) -> None:
         """Update one block of members."""
         mean, square = state["exp_avg"], state["exp_avg_sq"]
-        gradient = descent(parameter, gradient, coefficients)
+        descended = descent(parameter, gradient, coefficients)
         if "shrink" in coefficients:
             parameter.mul_(coefficients["shrink"])
-        mean.lerp_(gradient, coefficients["weight1"])
-        scratch = gradient * gradient
+        mean.lerp_(descended, coefficients["weight1"])
+        # One scratch tensor for all that follows keeps a block in the cache.
+        is_owned = descended is not gradient
+        scratch = descended.mul_(descended) if is_owned else descended * descended
         square.lerp_(scratch, coefficients["weight2"])
         torch.sqrt(_under_root(state, coefficients, scratch), out=scratch)
-        scratch.add_(coefficients["eps"])
-        parameter.addcdiv_(mean * coefficients["rate"], scratch)
+        scratch.add_(coefficients["eps"]).div_(coefficients["rate"])
+        parameter.addcdiv_(mean, scratch)
 
     def fused(
         self,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from unisono.ensemble import Ensemble
 from unisono.optim.adam import AdamMethod
+from unisono.optim.hyperparameters import Flags, Numbers, Pairs
 from unisono.optim.optimizer import MemberOptimizer, Params
 from unisono.optim.rmsprop import RMSpropMethod
 from unisono.optim.sgd import SGDMethod
@@ -55,13 +54,13 @@ class SGD(MemberOptimizer):
     def __init__(
         self,
         ens: Ensemble,
-        lr: Any = 1e-3,
-        momentum: Any = 0.0,
-        dampening: Any = 0.0,
-        weight_decay: Any = 0.0,
-        nesterov: Any = False,
+        lr: Numbers = 1e-3,
+        momentum: Numbers = 0.0,
+        dampening: Numbers = 0.0,
+        weight_decay: Numbers = 0.0,
+        nesterov: Flags = False,
         *,
-        maximize: Any = False,
+        maximize: Flags = False,
         params: Params = None,
     ) -> None:
         values = {
@@ -123,14 +122,14 @@ class Adam(MemberOptimizer):
     def __init__(
         self,
         ens: Ensemble,
-        lr: Any = 1e-3,
-        betas: Any = (0.9, 0.999),
-        eps: Any = 1e-8,
-        weight_decay: Any = 0.0,
-        amsgrad: Any = False,
+        lr: Numbers = 1e-3,
+        betas: Pairs = (0.9, 0.999),
+        eps: Numbers = 1e-8,
+        weight_decay: Numbers = 0.0,
+        amsgrad: Flags = False,
         *,
-        maximize: Any = False,
-        decoupled_weight_decay: Any = False,
+        maximize: Flags = False,
+        decoupled_weight_decay: Flags = False,
         params: Params = None,
     ) -> None:
         values = {
@@ -188,13 +187,13 @@ class AdamW(Adam):
     def __init__(
         self,
         ens: Ensemble,
-        lr: Any = 1e-3,
-        betas: Any = (0.9, 0.999),
-        eps: Any = 1e-8,
-        weight_decay: Any = 1e-2,
-        amsgrad: Any = False,
+        lr: Numbers = 1e-3,
+        betas: Pairs = (0.9, 0.999),
+        eps: Numbers = 1e-8,
+        weight_decay: Numbers = 1e-2,
+        amsgrad: Flags = False,
         *,
-        maximize: Any = False,
+        maximize: Flags = False,
         params: Params = None,
     ) -> None:
         super().__init__(
@@ -252,14 +251,14 @@ class RMSprop(MemberOptimizer):
     def __init__(
         self,
         ens: Ensemble,
-        lr: Any = 1e-2,
-        alpha: Any = 0.99,
-        eps: Any = 1e-8,
-        weight_decay: Any = 0.0,
-        momentum: Any = 0.0,
-        centered: Any = False,
+        lr: Numbers = 1e-2,
+        alpha: Numbers = 0.99,
+        eps: Numbers = 1e-8,
+        weight_decay: Numbers = 0.0,
+        momentum: Numbers = 0.0,
+        centered: Flags = False,
         *,
-        maximize: Any = False,
+        maximize: Flags = False,
         params: Params = None,
     ) -> None:
         values = {

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from unisono.ensemble import Ensemble
 from unisono.errors import CheckpointError
+from unisono.optim.paths import Method
 from unisono.options import check_indices
 
 
@@ -58,17 +60,26 @@ def check_fits(name: str, ens: Ensemble, members: Sequence[int], wanted: Mapping
         raise ValueError(f"{name}: the ensemble has no parameter {listed}; pass big[indices]")
 
 
-def check_dense(name: str, parameter: str, gradient: Tensor) -> None:
-    """Raise if a gradient is sparse."""
-    if gradient.is_sparse:
+def check_not_captured(name: str) -> None:
+    """Raise while a CUDA graph is captured: the numbers of this step would be part of it."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            f"{name}.step: the gradient of `{parameter}` is sparse, and {name} needs dense ones;"
-            f" write nn.Embedding(..., sparse=False)"
+            f"{name}.step: a CUDA graph would repeat this step's hyperparameters and bias"
+            f" corrections, which are numbers on the host; capture forward and backward, and step"
+            f" outside of the graph"
         )
 
 
+def refuse_sparse(name: str, parameter: str) -> NoReturn:
+    """Raise because a gradient is sparse."""
+    raise RuntimeError(
+        f"{name}.step: the gradient of `{parameter}` is sparse, and {name} needs dense ones; write"
+        f" nn.Embedding(..., sparse=False)"
+    )
+
+
 def check_loaded(
-    name: str,
+    method: Method,
     groups: Sequence[Mapping[str, Any]],
     loaded: Mapping[str, Any],
     names: Mapping[int, str],
@@ -77,7 +88,7 @@ def check_loaded(
     """Raise if a state is of other members or of other parameters than an optimizer's.
 
     Args:
-        name: The optimizer.
+        method: The kind of optimizer.
         groups: Its param groups.
         loaded: The state.
         names: The names of the parameters by their ids.
@@ -87,11 +98,21 @@ def check_loaded(
         CheckpointError: With all that doesn't fit.
     """
     theirs = loaded["param_groups"]
-    problems = _group_problems(groups, theirs, n) or _tensor_problems(
-        groups, theirs, loaded["state"], names
+    problems = (
+        _value_problems(method, theirs)
+        or _group_problems(groups, theirs, n)
+        or _tensor_problems(groups, theirs, loaded["state"], names)
     )
     if problems:
-        raise CheckpointError(f"{name}.load_state_dict: " + "; ".join(problems))
+        raise CheckpointError(f"{method.name}.load_state_dict: " + "; ".join(problems))
+
+
+def _value_problems(method: Method, theirs: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = [spec.name for spec in method.hyperparameters]
+    missing = [n for n in names if any(n not in group for group in theirs)]
+    if not missing:
+        return []
+    return [f"the state has no {', '.join(missing)}; it is of another optimizer than {method.name}"]
 
 
 def _group_problems(

@@ -15,6 +15,11 @@ Kind = Literal["number", "flag", "pair"]
 Array = NDArray[np.float64]
 Steps = NDArray[np.float32] | Array  # numbers of steps, as they are kept or to compute with
 
+# What users may give: one value, or N of them.
+Numbers = float | Sequence[float] | Tensor | NDArray[Any]
+Flags = bool | Sequence[bool] | Tensor | NDArray[Any]
+Pairs = tuple[float, float] | Sequence[tuple[float, float]] | Tensor | NDArray[Any]
+
 _WHAT: Final[dict[Kind, str]] = {
     "number": "a number, or {n} numbers, one per member",
     "flag": "True or False, or {n} of these, one per member",
@@ -188,8 +193,8 @@ class Reader:
             by_name = numbers.T if spec.kind == "pair" else [numbers]
             columns |= dict(zip(spec.columns, by_name, strict=True))
         values = Values(rows, columns, rows.count(rows[0]) == len(rows))
-        if any(isinstance(value, Tensor) for row in rows for value in row):
-            self._last.pop(place, None)  # its number may change while it stays the same object
+        if any(isinstance(value, Tensor | list) for row in rows for value in row):
+            self._last.pop(place, None)  # its numbers may change while it stays the same object
         else:
             self._last[place] = values
         return values

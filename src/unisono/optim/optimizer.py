@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, overload
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from unisono.ensemble import Ensemble
 from unisono.optim import groups as grouping
 from unisono.optim import state as states
-from unisono.optim.batch import Batch, Memory
+from unisono.optim.batch import Memory
 from unisono.optim.checks import (
     active_members,
     check_chosen,
-    check_dense,
     check_ensemble,
     check_fits,
     check_loaded,
+    check_not_captured,
+    refuse_sparse,
 )
-from unisono.optim.hyperparameters import PerMember, Reader, Steps, Values, parse_all
+from unisono.optim.collecting import collect, count
+from unisono.optim.hyperparameters import PerMember, Reader, parse_all
 from unisono.optim.paths import Method, update
 from unisono.options import check_copies
 
-_Kind = tuple[bool, torch.device, torch.dtype, bytes]  # of parameters updated together
+Mask = Sequence[bool] | Tensor | NDArray[np.bool_]
 Params = Any  # what `torch.optim` takes, which isn't public: tensors, named tensors, or groups
 
 
@@ -46,6 +49,15 @@ class MemberOptimizer(torch.optim.Optimizer):
         params: The parameters to train; None for all. Or what `torch.optim` takes: tensors, named
             tensors, or dictionaries with ``"params"`` and values of their own.
         values: The hyperparameters by name.
+
+    Example:
+        >>> from torch import nn
+        >>> from unisono.optim import AdamW
+        >>> optimizer = AdamW(Ensemble([nn.Linear(3, 1) for _ in range(2)]), lr=[0.1, 0.01])
+        >>> isinstance(optimizer, MemberOptimizer), isinstance(optimizer, torch.optim.Optimizer)
+        (True, True)
+        >>> [(group["member"], len(group["params"])) for group in optimizer.param_groups]
+        [(0, 2), (1, 0)]
     """
 
     method: ClassVar[Method]
@@ -66,12 +78,12 @@ class MemberOptimizer(torch.optim.Optimizer):
         ens.follow(self)
 
     @overload
-    def step(self, closure: None = None, *, active: Any = None) -> None: ...
+    def step(self, closure: None = None, *, active: Mask | None = None) -> None: ...
     @overload
-    def step(self, closure: Callable[[], float], *, active: Any = None) -> float: ...
+    def step(self, closure: Callable[[], float], *, active: Mask | None = None) -> float: ...
     @torch.no_grad()
     def step(
-        self, closure: Callable[[], float] | None = None, *, active: Any = None
+        self, closure: Callable[[], float] | None = None, *, active: Mask | None = None
     ) -> float | None:
         """Update the parameters once.
 
@@ -86,7 +98,7 @@ class MemberOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: If the mask isn't N booleans.
-            RuntimeError: If a gradient is sparse.
+            RuntimeError: If a gradient is sparse, or a CUDA graph is captured.
 
         Example:
             >>> from torch import nn
@@ -98,6 +110,7 @@ class MemberOptimizer(torch.optim.Optimizer):
             >>> optimizer.state_dict()["param_groups"][1]["lr"]
             0.01
         """
+        check_not_captured(type(self).__name__)
         members = active_members(type(self).__name__, active, len(self._ens))
         loss = None
         if closure is not None:
@@ -107,9 +120,13 @@ class MemberOptimizer(torch.optim.Optimizer):
             return loss
         for place, groups in grouping.sections(self.param_groups, len(self._ens)):
             values = self._reader.read(place, groups)
-            for batch, is_shared in self._batches(groups[0]["params"], values):
-                update(self.method, batch, None if is_shared else members, self._memory)
-            self._count(groups[0]["params"], values, members)
+            own, shared = self._with_gradient(groups[0]["params"])
+            for batch in collect(self.method, own, self.state, values, len(self._ens)):
+                update(self.method, batch, members, self._memory)
+            for batch in collect(self.method, shared, self.state, values, None):
+                update(self.method, batch, None, self._memory)
+            count(self.method, own, self.state, values, members)
+            count(self.method, shared, self.state, values, None)
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -141,7 +158,7 @@ class MemberOptimizer(torch.optim.Optimizer):
             CheckpointError: If it is of other members or parameters; nothing is loaded.
         """
         names = {id(p): n for n, p in self._named_parameters().items()}
-        check_loaded(type(self).__name__, self.param_groups, state_dict, names, len(self._ens))
+        check_loaded(self.method, self.param_groups, state_dict, names, len(self._ens))
         members = [group["member"] for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, member in zip(self.param_groups, members, strict=True):
@@ -303,74 +320,18 @@ class MemberOptimizer(torch.optim.Optimizer):
         mine = {id(p) for p in self._parameters()}
         return {n: p for n, p in self._ens.members.named_parameters() if id(p) in mine}
 
-    def _batches(
-        self, parameters: Sequence[Tensor], values: Values
-    ) -> Iterator[tuple[Batch, bool]]:
-        """The parameters with a gradient, those together that can be updated together.
-
-        Yields:
-            Each batch, and whether its parameters are those that all members share.
-        """
-        keys = self.method.moments(values)
-        found: defaultdict[_Kind, list[tuple[Tensor, Steps]]] = defaultdict(list)
+    def _with_gradient(self, parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The parameters to update: those of the members, and those that all members share."""
+        own: list[Tensor] = []
+        shared: list[Tensor] = []
         for p in parameters:
             if p.grad is None:
                 continue
             if p.grad.is_sparse:
-                check_dense(type(self).__name__, self._name_of(p), p.grad)
-            steps = self._steps(p, keys)
-            phase = self.method.phase(steps).tobytes()
-            found[self._is_shared(p), p.device, p.dtype, phase].append((p, steps))
-        for kind, same in found.items():
-            yield self._batch([p for p, _ in same], keys, same[0][1], values), kind[0]
-
-    def _steps(self, parameter: Tensor, keys: Sequence[str]) -> Steps:
-        """The steps that each member has done, with a state that is ready for the next one."""
-        rows = self._rows_of(parameter)
-        if not keys:  # no state, as in torch, unless there is one already
-            kept = self.state.get(parameter, {})
-            return states.steps_done(kept) if states.STEP in kept else np.zeros(rows or 1)
-        state = self.state[parameter]
-        states.prepare(state, parameter, keys, rows)
-        return states.steps_done(state)
-
-    def _batch(
-        self, parameters: list[Tensor], keys: Sequence[str], steps: Steps, values: Values
-    ) -> Batch:
-        is_shared = self._is_shared(parameters[0])
-
-        def rows(tensor: Tensor) -> Tensor:
-            return tensor.unsqueeze(0) if is_shared else tensor
-
-        return Batch(
-            [rows(p) for p in parameters],
-            [rows(p.grad) for p in parameters if p.grad is not None],
-            {key: [rows(self.state[p][key]) for p in parameters] for key in keys},
-            steps.astype(np.float64).reshape(-1),
-            values,
-            key=tuple(map(id, parameters)),
-        )
-
-    def _count(
-        self, parameters: Sequence[Tensor], values: Values, members: Sequence[int] | None
-    ) -> None:
-        """Count the step, for the members that have done it."""
-        counted = self.method.counted(values)
-        if not counted.any():
-            return
-        one = float(counted[0])
-        own: float | Tensor = one
-        if members is not None or len(counted) > 1:
-            each = np.zeros(len(self._ens), dtype=np.float32)
-            chosen = slice(None) if members is None else list(members)
-            each[chosen] = np.broadcast_to(counted, each.shape)[chosen]
-            own = torch.from_numpy(each)
-        for p in parameters:
-            if p.grad is not None:
-                self.state[p][states.STEP].add_(one if self._is_shared(p) else own)
-
-    def _name_of(self, parameter: Tensor) -> str:
-        return next(n for n, p in self._named_parameters().items() if p is parameter)
+                name = next(n for n, q in self._named_parameters().items() if q is p)
+                refuse_sparse(type(self).__name__, name)
+            (shared if self._is_shared(p) else own).append(p)
+        return own, shared
 
     def _check_part(
         self, name: str, part: MemberOptimizer, indices: Sequence[int]
@@ -392,7 +353,9 @@ class MemberOptimizer(torch.optim.Optimizer):
         theirs = source._named_parameters()
         for name, p in self._named_parameters().items():
             state = source.state.get(theirs[name], {})
-            if self._is_shared(p) and source is not self:
+            if not state and not self.state.get(p):
+                continue  # nobody has stepped, and no empty entry shall stand for it
+            if self._is_shared(p):
                 states.copy(self.state[p], None, state, None, p)
-            elif not self._is_shared(p) and (state or self.state.get(p)):
+            else:
                 states.copy(self.state[p], to, state, of, p)

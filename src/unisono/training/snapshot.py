@@ -26,14 +26,15 @@ class Snapshot:
         self._tensors = _copies(ens.stacked_tensors())
         self._shared = _copies(shared_tensors(ens))
         self._state = {key: state.clone() for key, state in _states(optimizer)}
+        self._shared_parameters = {id(tensor) for tensor in shared_tensors(ens).values()}
 
     @torch.no_grad()
     def restore(self, members: Sequence[int]) -> None:
         """Put these members and their optimizer state back, in place; the others stay."""
         copy_rows(self._ens.stacked_tensors(), members, self._tensors, members)
         for (parameter, key), state in _states(self._optimizer):
-            if state.shape[:1] != (len(self._ens),):
-                continue  # of a parameter that all members share
+            if parameter in self._shared_parameters:
+                continue
             before = self._state.get((parameter, key))
             rows = torch.tensor(members, device=state.device)
             if before is None:  # made since; a member without a step has zeros

@@ -40,7 +40,8 @@ class Validator:
     recipe: Recipe
     metrics: Mapping[str, Metric]
     combine: Combine
-    _kept: dict[int, list[Any]] = field(default_factory=dict)  # member -> output per minibatch
+    # Members that stopped together, and their outputs for each minibatch.
+    _kept: list[tuple[list[int], list[Any]]] = field(default_factory=list)
 
     @torch.no_grad()
     def measure(self, running: Running) -> Validation:
@@ -50,7 +51,8 @@ class Validator:
             running: The members that train; they are in eval mode meanwhile.
         """
         ens, n = running.ens, len(running.whole)
-        for stopped in set(range(n)) - set(running.members) - set(self._kept):
+        known = {i for members, _ in self._kept for i in members}
+        if stopped := sorted(set(range(n)) - set(running.members) - known):
             self._keep(running.whole, stopped)
         names = ["", *self.metrics]
         own = {name: _Mean() for name in names}
@@ -70,18 +72,19 @@ class Validator:
         together = {name: float(mean.value()[0]) for name, mean in joint.items()}
         return Validation(values.pop(""), values, together.pop(""), together)
 
-    def _keep(self, whole: Ensemble, member: int) -> None:
-        alone = whole[[member]].eval()
+    def _keep(self, whole: Ensemble, members: list[int]) -> None:
+        some = whole[members].eval()
         with self.recipe.precision(next(whole.parameters()).device):
-            self._kept[member] = [call(alone, inputs) for inputs, _ in self.batches]
+            self._kept.append((members, [call(some, inputs) for inputs, _ in self.batches]))
 
     def _with_stopped(self, outputs: Any, members: list[int], k: int) -> Any:
         """The outputs of all members for minibatch k, in their order."""
         if not self._kept:
             return outputs
-        others = sorted(self._kept)
-        joined = join_trees("the output", [outputs, *(self._kept[i][k] for i in others)], torch.cat)
-        places = torch.tensor(np.argsort([*members, *others]).tolist())
+        trees = [outputs, *(kept[k] for _, kept in self._kept)]
+        joined = join_trees("the output", trees, torch.cat)
+        order = [*members, *(i for some, _ in self._kept for i in some)]
+        places = torch.tensor(np.argsort(order).tolist())
         return tree_map(
             lambda leaf: leaf[places.to(leaf.device)] if isinstance(leaf, Tensor) else leaf, joined
         )
