@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from unisono.optim import fused
-from unisono.optim.elementwise import descent
+from unisono.optim.elementwise import Scratch, descent
 from unisono.optim.fused import Tensors
 from unisono.optim.hyperparameters import Array, Hyperparameter, Steps, Values, at_least_zero, flag
 from unisono.optim.paths import Method
@@ -98,20 +98,20 @@ class AdamMethod(Method):
         gradient: Tensor,
         state: Mapping[str, Tensor],
         coefficients: Mapping[str, Tensor],
+        scratch: Scratch,
     ) -> None:
         """Update one block of members."""
         mean, square = state["exp_avg"], state["exp_avg_sq"]
-        descended = descent(parameter, gradient, coefficients)
+        room, _ = scratch  # one for all of it keeps a block in the cache
+        descended = descent(parameter, gradient, coefficients, room)
         if "shrink" in coefficients:
             parameter.mul_(coefficients["shrink"])
         mean.lerp_(descended, coefficients["weight1"])
-        # One scratch tensor for all that follows keeps a block in the cache.
-        is_owned = descended is not gradient
-        scratch = descended.mul_(descended) if is_owned else descended * descended
-        square.lerp_(scratch, coefficients["weight2"])
-        torch.sqrt(_under_root(state, coefficients, scratch), out=scratch)
-        scratch.add_(coefficients["eps"]).div_(coefficients["rate"])
-        parameter.addcdiv_(mean, scratch)
+        torch.mul(descended, descended, out=room)
+        square.lerp_(room, coefficients["weight2"])
+        torch.sqrt(_under_root(state, coefficients, room), out=room)
+        room.add_(coefficients["eps"]).div_(coefficients["rate"])
+        parameter.addcdiv_(mean, room)
 
     def fused(
         self,

@@ -17,12 +17,15 @@ from torch import Tensor
 from unisono.optim.batch import Batch, Memory, as_real, cuts
 from unisono.optim.hyperparameters import Array
 
-# Elements of a block for each thread of a CPU: what belongs to it lies in the second-level cache.
-# Half of it is the least that torch gives to a thread.
-BLOCK: Final = 2**16
+# Elements of a block for each thread of a CPU. Smaller ones fit the second-level cache and are
+# slower all the same, by the cost of starting an operation; 2**15 to 2**20 were timed.
+BLOCK: Final = 2**18
 
 Coefficients = Mapping[str, Array]
-Passes = Callable[[Tensor, Tensor, Mapping[str, Tensor], Mapping[str, Tensor]], None]
+Scratch = tuple[Tensor, Tensor]
+"""Two tensors of the shape and the order in memory of a block, whose content is nobody's."""
+
+Passes = Callable[[Tensor, Tensor, Mapping[str, Tensor], Mapping[str, Tensor], Scratch], None]
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Block:
         stop: The one after the last.
         parameter: The members' rows.
         state: The rows of what is in the state, by key.
+        scratch: Room for what is computed in between.
     """
 
     place: int
@@ -42,6 +46,7 @@ class Block:
     stop: int
     parameter: Tensor
     state: dict[str, Tensor]
+    scratch: Scratch | None
 
 
 class Cut:
@@ -62,16 +67,25 @@ class Cut:
         self._device = first.device
         self._kept: list[dict[str, Tensor]] | None = None
         size = BLOCK * torch.get_num_threads() if self._on_host else None
+        places = [
+            (place, start, stop, _rows(parameter, start, stop))
+            for place, parameter in enumerate(batch.parameters)
+            for start, stop in cuts(parameter.shape, size)
+        ]
+        # On a CPU fresh memory of this size costs more than the passes that fill it: the same two
+        # buffers serve all blocks. Elsewhere torch's allocator hands it out for nothing.
+        largest = max(rows.numel() for _, _, _, rows in places)
+        room = places[0][3].new_empty((2, largest)) if self._on_host else None
         self.blocks = [
             Block(
                 place,
                 start,
                 stop,
-                _rows(parameter, start, stop),
+                rows,
                 {key: _rows(each[place], start, stop) for key, each in batch.state.items()},
+                None if room is None else _like(room, rows),
             )
-            for place, parameter in enumerate(batch.parameters)
-            for start, stop in cuts(parameter.shape, size)
+            for place, start, stop, rows in places
         ]
 
     def coefficients(self, values: Coefficients) -> list[dict[str, Tensor]]:
@@ -119,10 +133,15 @@ def update(batch: Batch, passes: Passes, values: Coefficients, memory: Memory) -
         gradient = gradients[block.place]
         if block.stop - block.start < gradient.shape[0]:
             gradient = gradient.narrow(0, block.start, block.stop - block.start)
-        passes(block.parameter, gradient, block.state, coefficients)
+        scratch = block.scratch
+        if scratch is None:
+            scratch = torch.empty_like(block.parameter), torch.empty_like(block.parameter)
+        passes(block.parameter, gradient, block.state, coefficients, scratch)
 
 
-def descent(parameter: Tensor, gradient: Tensor, coefficients: Mapping[str, Tensor]) -> Tensor:
+def descent(
+    parameter: Tensor, gradient: Tensor, coefficients: Mapping[str, Tensor], room: Tensor
+) -> Tensor:
     """The gradient to descend along: ``sign * g + decay * p``.
 
     Args:
@@ -130,15 +149,22 @@ def descent(parameter: Tensor, gradient: Tensor, coefficients: Mapping[str, Tens
         gradient: g; it is returned itself if there is nothing to do.
         coefficients: ``sign`` is -1 for members that maximize; ``decay`` is the weight decay;
             each is absent where no member needs it.
+        room: Where the result is written to if it isn't g.
     """
     if "sign" in coefficients:
-        gradient = gradient * coefficients["sign"]
-        if "decay" in coefficients:
-            gradient.addcmul_(parameter, coefficients["decay"])
-    elif "decay" in coefficients:
-        gradient = torch.addcmul(gradient, parameter, coefficients["decay"])
+        gradient = torch.mul(gradient, coefficients["sign"], out=room)
+    if "decay" in coefficients:
+        gradient = torch.addcmul(gradient, parameter, coefficients["decay"], out=room)
     return gradient
 
 
 def _rows(tensor: Tensor, start: int, stop: int) -> Tensor:
     return as_real(tensor.detach()).narrow(0, start, stop - start)
+
+
+def _like(room: Tensor, rows: Tensor) -> Scratch:
+    """Two views of the same memory each time, in the shape and the order of these rows."""
+    first, second = (
+        own.as_strided(rows.shape, rows.stride(), own.storage_offset()) for own in room
+    )
+    return first, second

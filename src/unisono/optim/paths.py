@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unisono.optim import elementwise
 from unisono.optim.batch import Batch, Memory, as_stored, in_order
+from unisono.optim.elementwise import Scratch
 from unisono.optim.fused import Tensors
 from unisono.optim.hyperparameters import Array, Hyperparameter, Steps, Values
 
@@ -62,6 +63,7 @@ class Method(ABC):
         gradient: Tensor,
         state: Mapping[str, Tensor],
         coefficients: Mapping[str, Tensor],
+        scratch: Scratch,
     ) -> None:
         """Update one block of members in place, each with its own coefficients."""
 

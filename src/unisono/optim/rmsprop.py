@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unisono.optim import momentum
-from unisono.optim.elementwise import descent
+from unisono.optim.elementwise import Scratch, descent
 from unisono.optim.hyperparameters import Array, Steps, Values, at_least_zero, flag
 from unisono.optim.paths import Method
 
@@ -68,18 +68,19 @@ class RMSpropMethod(Method):
         gradient: Tensor,
         state: Mapping[str, Tensor],
         coefficients: Mapping[str, Tensor],
+        scratch: Scratch,
     ) -> None:
         """Update one block of members."""
-        square = state["square_avg"]
-        gradient = descent(parameter, gradient, coefficients)
-        scratch = gradient * gradient
-        square.lerp_(scratch, coefficients["weight"])
+        square, room = state["square_avg"], scratch[1]
+        gradient = descent(parameter, gradient, coefficients, scratch[0])
+        torch.mul(gradient, gradient, out=room)
+        square.lerp_(room, coefficients["weight"])
         if "centered" in coefficients:
             mean = state["grad_avg"].lerp_(gradient, coefficients["weight_mean"])
-            torch.mul(mean, coefficients["centered"], out=scratch)
-            scratch.mul_(mean).add_(square).sqrt_()
+            torch.mul(mean, coefficients["centered"], out=room)
+            room.mul_(mean).add_(square).sqrt_()
         else:
-            torch.sqrt(square, out=scratch)
-        scratch.add_(coefficients["eps"])
-        torch.div(gradient, scratch, out=scratch)
-        momentum.apply(parameter, scratch, state, coefficients)
+            torch.sqrt(square, out=room)
+        room.add_(coefficients["eps"])
+        torch.div(gradient, room, out=room)
+        momentum.apply(parameter, room, state, coefficients)

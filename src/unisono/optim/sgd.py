@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from unisono.optim import fused, momentum
-from unisono.optim.elementwise import descent
+from unisono.optim.elementwise import Scratch, descent
 from unisono.optim.fused import Tensors
 from unisono.optim.hyperparameters import Array, Hyperparameter, Steps, Values, at_least_zero, flag
 from unisono.optim.paths import Method
@@ -73,9 +73,10 @@ class SGDMethod(Method):
         gradient: Tensor,
         state: Mapping[str, Tensor],
         coefficients: Mapping[str, Tensor],
+        scratch: Scratch,
     ) -> None:
         """Update one block of members."""
-        gradient = descent(parameter, gradient, coefficients)
+        gradient = descent(parameter, gradient, coefficients, scratch[0])
         momentum.apply(parameter, gradient, state, coefficients)
 
     def fused(
