@@ -13,14 +13,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.models.small import cnn, mlp
+from benchmarks.models.small import mlp
 from benchmarks.predict import describe_run
 from unisono import Ensemble, fit, optim
 
 CASES = {
     "16 x 784-512-512-10, B 128": (lambda: mlp(784, 512, 512, 10), 16, (784,), 2048, 128),
     "16 x 784-128-128-10, B 64": (lambda: mlp(784, 128, 128, 10), 16, (784,), 4000, 64),
-    "16 x CNN 8-16, B 32": (lambda: cnn(8, 16), 16, (1, 28, 28), 512, 32),
 }
 
 

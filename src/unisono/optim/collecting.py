@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unisono.optim import state as states
 from unisono.optim.batch import Batch
+from unisono.optim.fused import add_to_all
 from unisono.optim.hyperparameters import Steps, Values
 from unisono.optim.paths import Method
 
@@ -73,7 +74,7 @@ def count(
         members: The members that have done it; None for all.
     """
     counted = method.counted(values)
-    if not parameters or not counted.any():
+    if not counted.any():
         return
     more: float | Tensor = float(counted[0])
     if members is not None or len(counted) > 1:
@@ -81,8 +82,7 @@ def count(
         chosen = slice(None) if members is None else list(members)
         each[chosen] = np.broadcast_to(counted, each.shape)[chosen]
         more = torch.from_numpy(each)
-    for p in parameters:
-        state[p][states.STEP].add_(more)
+    add_to_all([state[p][states.STEP] for p in parameters], more)
 
 
 def _steps(

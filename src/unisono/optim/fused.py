@@ -28,6 +28,14 @@ def has_kernel(parameters: list[Tensor]) -> bool:
     )
 
 
+def add_to_all(tensors: list[Tensor], value: float | Tensor) -> None:
+    """Add to each of the tensors, in place."""
+    if isinstance(value, Tensor):
+        torch._foreach_add_(tensors, [value] * len(tensors))
+    else:
+        torch._foreach_add_(tensors, value)
+
+
 def adam(
     parameters: Tensors,
     gradients: Tensors,

@@ -121,12 +121,11 @@ class MemberOptimizer(torch.optim.Optimizer):
         for place, groups in grouping.sections(self.param_groups, len(self._ens)):
             values = self._reader.read(place, groups)
             own, shared = self._with_gradient(groups[0]["params"])
-            for batch in collect(self.method, own, self.state, values, len(self._ens)):
-                update(self.method, batch, members, self._memory)
-            for batch in collect(self.method, shared, self.state, values, None):
-                update(self.method, batch, None, self._memory)
-            count(self.method, own, self.state, values, members)
-            count(self.method, shared, self.state, values, None)
+            for parameters, n, chosen in ((own, len(self._ens), members), (shared, None, None)):
+                if parameters:
+                    for batch in collect(self.method, parameters, self.state, values, n):
+                        update(self.method, batch, chosen, self._memory)
+                    count(self.method, parameters, self.state, values, chosen)
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
