@@ -211,3 +211,27 @@ def test_copies_in_a_format_leave_the_parameters_alone_and_tied_ones_tied() -> N
     assert a is b
     assert a.mT.is_contiguous()
     assert ens.members.get_parameter("a.weight").is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), "transposed"),
+        (lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten()), "channels_last"),
+        (lambda: nn.LayerNorm(3), "contiguous"),
+    ],
+)
+def test_stored_for_training_without_measuring(make, expected):
+    ens = Ensemble([make() for _ in range(3)], strategy="fused")
+    before = {name: p.detach().clone() for name, p in ens.members.named_parameters()}
+    ens._planner.store_for_training()
+    assert current_format(ens._planner.pool.take()) == expected
+    for name, p in ens.members.named_parameters():
+        assert torch.equal(p, before[name])
+
+
+def test_what_training_has_begun_stays_as_it_is_stored():
+    ens = Ensemble([nn.Linear(3, 4) for _ in range(3)], strategy="fused")
+    ens(torch.ones(2, 3)).sum().backward()
+    ens._planner.store_for_training()
+    assert current_format(ens._planner.pool.take()) == "contiguous"

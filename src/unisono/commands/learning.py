@@ -101,6 +101,7 @@ def train_classifier(
     ensemble = Ensemble.build(
         make_model, settings.members, seed=settings.seed, strategy="fused"
     ).to(settings.device)
+    ensemble._planner.store_for_training()
     train, validation = split.training, None
     if settings.patience is not None:
         train, validation = hold_out(split)

@@ -30,7 +30,13 @@ from unisono.engine.planning.signature import (
     quick_key,
     signature_of,
 )
-from unisono.engine.planning.storage import adopt, current_format, demanded_format, is_free
+from unisono.engine.planning.storage import (
+    adopt,
+    current_format,
+    demanded_format,
+    formats_of,
+    is_free,
+)
 from unisono.engine.pool import Pool
 from unisono.engine.store import store
 from unisono.engine.template import Template
@@ -119,6 +125,20 @@ class Planner:
         finally:
             self.pool.give_back(template)
         return choice.plan.chunk_size
+
+    def store_for_training(self) -> None:
+        """Store the parameters as it mostly pays, without measuring it, if they are free to move.
+
+        For a named strategy whose digits are to repeat: what ``"auto"`` finds out may differ from
+        run to run.
+        """
+        template = self.pool.take()
+        try:
+            memory_format = formats_of(template)[-1]
+            if is_free(template, memory_format):
+                adopt(template, memory_format)
+        finally:
+            self.pool.give_back(template)
 
     def explain(self, call: Call, options: Options) -> Plan:
         """The plan for calls like this one, made now if there is none, with the ops that run."""
