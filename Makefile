@@ -11,8 +11,9 @@ TORCH  ?= torch==2.13.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-# Options of the two: make bench BENCH="--only CNN", make zoo ZOO="--only timm/".
+# Options: make bench BENCH="--only CNN" BENCH_TRAIN="--only CNN", make zoo ZOO="--only timm/".
 BENCH ?=
+BENCH_TRAIN ?=
 ZOO   ?=
 
 # torchvision belongs to one torch, and not to the oldest: the zoo has a venv of its own.
@@ -81,8 +82,9 @@ docs: $(STAMPS)/dev  ## Build the documentation into build/docs
 	$(sphinx)
 	@printf 'unisono: open build/docs/index.html\n'
 
-bench: $(STAMPS)/bench  ## Time ensembles against the loop and others on many networks; about 25 min
+bench: $(STAMPS)/bench  ## Time ensembles against the loop and others on many networks; about 30 min
 	@mkdir -p build
+	$(call step,run the benchmarks of training,$(BIN)/python -m benchmarks.train --json build/train.json $(BENCH_TRAIN),make bench BENCH_TRAIN="--only MLP")
 	$(call step,run the benchmarks,$(BIN)/python -m benchmarks.predict --json build/bench.json --png build/bench.png $(BENCH),make bench BENCH="--only MLP")
 
 zoo: $(ZOOED)  ## Compare ensembles of public models with the loop; takes hours and can be resumed

@@ -632,3 +632,37 @@ def test_a_plateau_needs_epochs_and_validation(data):
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
     with pytest.raises(ValueError, match=r"goes by epochs.*goes by the validation loss"):
         train(ens, data, optimizer, scheduler=plateau, scheduler_every="step")
+
+
+@pytest.mark.parametrize(
+    ("shape", "got"), [("tensor", "a Tensor;"), ("triple", "a tuple of 3;"), ("dict", "a dict;")]
+)
+def test_data_that_are_no_pairs(data, shape, got):
+    x, y = data
+    given = {"tensor": x, "triple": (x, x, y), "dict": {"x": x, "y": y}}[shape]
+    ens, _ = build()
+    with pytest.raises(TypeError, match=f"a minibatch is {got} several inputs go into one"):
+        train(ens, given, optim.SGD(ens, lr=0.1))
+    with pytest.raises(TypeError, match=f"a minibatch is {got}"):
+        train(ens, data, optim.SGD(ens, lr=0.1), validation=given)
+
+
+def test_ctrl_c_leaves_everything_usable(data):
+    ens, _ = build()
+    ens.eval()
+    optimizer = optim.Adam(ens, lr=RATES)
+    calls = []
+
+    def interrupted(output, target):
+        calls.append(output)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return F.cross_entropy(output, target)
+
+    before = torch.get_rng_state()
+    with pytest.raises(KeyboardInterrupt):
+        train(ens, data, optimizer, loss=interrupted)
+    assert not ens.training
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(bool(torch.isfinite(p).all()) for p in ens.parameters())
+    train(ens, data, optimizer)

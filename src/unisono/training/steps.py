@@ -82,7 +82,7 @@ def train_epoch(
     rows = 0
     optimizer.zero_grad()
     for group in _groups(batches, recipe.accumulate):
-        for inputs, targets in group:
+        for inputs, targets in map(pair, group):
             with recipe.precision(device):
                 losses = member_losses(recipe.loss, call(ens, inputs), targets)
             # The sum, so that each member gets the gradient of its own loss.
@@ -98,6 +98,21 @@ def train_epoch(
         optimizer.zero_grad()
         after_step()
     return total / max(rows, 1), finite
+
+
+def pair(batch: Any) -> tuple[Any, Any]:
+    """Inputs and targets of a minibatch.
+
+    Raises:
+        TypeError: If it is anything else.
+    """
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+    raise TypeError(
+        f"fit: the data are pairs (inputs, targets), but a minibatch is a"
+        f" {type(batch).__name__}{size}; several inputs go into one: ((x1, x2), y)"
+    )
 
 
 def call(ens: Ensemble, inputs: Any) -> Any:

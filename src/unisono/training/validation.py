@@ -18,7 +18,7 @@ from unisono.training.history import Array
 from unisono.training.history import Validation as Validation
 from unisono.training.losses import member_losses
 from unisono.training.running import Running
-from unisono.training.steps import Recipe, batch_size, call, sum_dtype
+from unisono.training.steps import Recipe, batch_size, call, pair, sum_dtype
 
 Metric = Callable[[Any, Any], Tensor]
 
@@ -58,7 +58,7 @@ class Validator:
         own = {name: _Mean() for name in names}
         joint = {name: _Mean() for name in names}
         ens.eval()
-        for k, (inputs, targets) in enumerate(self.batches):
+        for k, (inputs, targets) in enumerate(map(pair, self.batches)):
             size = batch_size(targets)
             with self.recipe.precision(next(ens.parameters()).device):
                 outputs = call(ens, inputs)
@@ -75,7 +75,9 @@ class Validator:
     def _keep(self, whole: Ensemble, members: list[int]) -> None:
         some = whole[members].eval()
         with self.recipe.precision(next(whole.parameters()).device):
-            self._kept.append((members, [call(some, inputs) for inputs, _ in self.batches]))
+            self._kept.append(
+                (members, [call(some, inputs) for inputs, _ in map(pair, self.batches)])
+            )
 
     def _with_stopped(self, outputs: Any, members: list[int], k: int) -> Any:
         """The outputs of all members for minibatch k, in their order."""
