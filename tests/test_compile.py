@@ -17,7 +17,7 @@ from torch._dynamo.backends.common import aot_autograd
 import oracles
 from cases import CASES, B, Case, N, members
 from unisono import Ensemble, EnsembleError, per_member
-from unisono.engine.planning import planner
+from unisono.engine.planning import measuring
 from unisono.engine.tree import leaves, tree_map
 
 pytestmark = [
@@ -307,7 +307,7 @@ def test_run(fn: Callable[..., Tensor]) -> None:
 def test_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     models = members(BY_NAME["mlp"])
     ens = Ensemble(models)
-    monkeypatch.setattr(planner, "measure", None)  # to call it is an error
+    monkeypatch.setattr(measuring, "measure", None)  # to call it is an error
     call, _ = compiled(ens)
     x = torch.randn(B, 5, dtype=torch.float64)
     oracles.assert_outputs_equal(call(x), [model(x) for model in models])
