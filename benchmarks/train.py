@@ -62,8 +62,8 @@ def main() -> None:
     print(f"{caption}\n", flush=True)
     steps = [s for s in step_scenarios(tiny=options.tiny) if options.only in s.name]
     rows = _report("step of Adam", STEPS, [(s.name, _step(s)) for s in steps], options)
-    cases = [case for case in epoch_cases(tiny=options.tiny) if options.only in case.name]
-    named = [(f"{case.name}, {case.rows} rows", _epoch(case)) for case in cases]
+    cases = {f"{c.name}, {c.rows} rows": c for c in epoch_cases(tiny=options.tiny)}
+    named = [(name, _epoch(case)) for name, case in cases.items() if options.only in name]
     rows += _report("epoch, own order of the rows", EPOCHS, named, options)
     if options.json:
         options.json.write_text(json.dumps(_plain(rows, caption), indent=1) + "\n")

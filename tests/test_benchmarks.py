@@ -1,5 +1,6 @@
 """The benchmark builds every case, compares before it times, and tells what it left out."""
 
+import functools
 import json
 import math
 import time
@@ -8,7 +9,15 @@ from argparse import Namespace
 import pytest
 import torch
 
-from benchmarks import contenders, measure, predict, table
+from benchmarks import (
+    contenders,
+    epoch_contenders,
+    measure,
+    predict,
+    table,
+    train,
+    train_contenders,
+)
 from benchmarks.cases import CASES, scenarios
 from benchmarks.contenders import LOOP, UNISONO, VMAP, Contender
 from benchmarks.measure import Times
@@ -160,3 +169,58 @@ def test_peak_memory_counts_what_is_alive_at_once():
         return second + 1
 
     assert 8000 <= measure.peak_memory(run) < 8100  # two of the three at any moment, and scalars
+
+
+# Training -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [s for s in train.step_scenarios(tiny=True) if "1024" not in s.name],
+    ids=lambda scenario: scenario.name,
+)
+def test_every_way_to_train_takes_the_steps_of_the_loop(scenario, monkeypatch):
+    one = functools.partial(Ensemble, strategy="fused")
+    monkeypatch.setattr(train_contenders, "Ensemble", one)
+    make, exact = train._step(scenario)
+    kinds = [name for name in train.STEPS if name != train_contenders.JAX]
+    ready, out = measure.prepare({name: make(name) for name in kinds}, exact, seconds=0)
+    assert {name: found.reason for name, found in out.items()} == {}
+    assert list(ready) == kinds
+
+
+@pytest.mark.parametrize("case", train.epoch_cases(tiny=True), ids=lambda case: case.name)
+def test_every_way_to_train_an_epoch_gives_the_weights_of_the_loop(case, monkeypatch):
+    one = functools.partial(Ensemble, strategy="fused")
+    monkeypatch.setattr(epoch_contenders, "Ensemble", one)
+    make, exact = train._epoch(case)
+    kinds = [name for name in train.EPOCHS if name != epoch_contenders.JOBLIB]
+    ready, out = measure.prepare({name: make(name) for name in kinds}, exact, seconds=0)
+    assert {name: found.reason for name, found in out.items()} == {}
+    assert list(ready) == kinds
+
+
+def test_a_contender_that_takes_other_steps_is_not_timed():
+    scenario = train.step_scenarios(tiny=True)[0]
+    make, exact = train._step(scenario)
+    makers = {name: make(name) for name in (train_contenders.LOOP, train_contenders.VMAP)}
+    slower = functools.partial(torch.optim.Adam, weight_decay=0.5)
+
+    def other():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.optim, "Adam", slower)
+            return makers[train_contenders.VMAP]()
+
+    def exact_other(name):
+        with pytest.MonkeyPatch.context() as patch:
+            if name == train_contenders.VMAP:
+                patch.setattr(torch.optim, "Adam", slower)
+            return exact(name)
+
+    ready, out = measure.prepare(
+        {train_contenders.LOOP: makers[train_contenders.LOOP], train_contenders.VMAP: other},
+        exact_other,
+        seconds=0,
+    )
+    assert list(ready) == [train_contenders.LOOP]
+    assert "differ by" in out[train_contenders.VMAP].reason
