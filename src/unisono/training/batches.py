@@ -32,7 +32,9 @@ class Batches(Protocol):
 
     @property
     def generators(self) -> tuple[torch.Generator, ...]:
-        """Generators of the caller that are drawn from: to resume, save and restore their state.
+        """The caller's own generators that are drawn from.
+
+        To resume a training, save and restore their state.
 
         Beside them, a caller's own loader without a generator draws from torch's global one.
         """

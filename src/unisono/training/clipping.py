@@ -71,7 +71,8 @@ def clip_grad_norm_(
         >>> norms.shape
         torch.Size([5])
 
-    Reference: https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.clip_grad_norm_.html
+    Reference:
+        `<https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.clip_grad_norm_.html>`_
     """
     call = "clip_grad_norm_"
     limit = _checked(call, "max_norm", max_norm, len(ens))
@@ -121,7 +122,8 @@ def clip_grad_value_(
         tensor([[0.5000],
                 [0.1000]])
 
-    Reference: https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.clip_grad_value_.html
+    Reference:
+        `<https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.clip_grad_value_.html>`_
     """
     call = "clip_grad_value_"
     limit = _checked(call, "clip_value", clip_value, len(ens))
