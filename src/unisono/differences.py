@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from unisono.describe import list_facts
-from unisono.errors import Difference, IncompatibleMembersError
+from unisono.errors import Difference, EnsembleError, IncompatibleMembersError
 from unisono.module_tree import PLAIN, TreeComparison, registered, tensors_named
 from unisono.refusals import refuse_captures, refuse_models
 
@@ -70,6 +70,42 @@ def check_members(models: Sequence[nn.Module], *, shared: Collection[str] = ()) 
     refuse_captures(captures)
     if differences:
         raise IncompatibleMembersError(_explain(differences, len(models)), differences)
+
+
+def check_in_place(before: nn.Module, after: nn.Module, index: int) -> None:
+    """Raise if more has changed in a member than the elements of its tensors.
+
+    Args:
+        before: The member, put together before the change.
+        after: The same member, put together beside it, on the same storage.
+        index: Which member it is.
+
+    Raises:
+        EnsembleError: If anything else has changed.
+    """
+    facts = [
+        f"`{d.path}`: {d.found}; it had {d.expected}" for d in compare_members([before, after])
+    ]
+    own = [dict(tensors_of(module)) for module in (before, after)]
+    facts += [
+        f"`{name}`: another tensor instead of the same one with other elements"
+        for name, tensor in own[0].items()
+        if name in own[1] and own[1][name].data_ptr() != tensor.data_ptr()
+    ]
+    if facts:
+        raise EnsembleError(
+            f"ens.apply: fn writes to tensors in place, but in member {index} it changed more than"
+            f" that:\n\n{list_facts(facts)}\n\n"
+            f"A member is put together anew whenever it is asked for, so this would be lost.\n"
+            f"Apply fn to the models, and build the ensemble from them:\n\n"
+            f"    ens = Ensemble([model.apply(fn) for model in ens.unstack()])"
+        )
+
+
+def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by dotted name, a tied one under each of its names."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
 
 
 def _compare(

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, overload
 import torch
 from torch import Tensor, nn
 
-from unisono.differences import check_members
+from unisono.differences import check_in_place, check_members
 from unisono.engine.axis import Randomness
 from unisono.engine.capture import Capture
 from unisono.engine.inputs import check_inputs
@@ -369,6 +369,34 @@ class Ensemble(nn.Module):
         trees = dict(self.members.named_modules())
         for path, module in template.named_modules():
             trees[path].training = module.training
+        return self
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> Ensemble:
+        """Apply ``fn`` to every module of each member: ``ens[i].apply(fn)`` for every i.
+
+        So weights are initialised as in a solo run, ``fn`` sees modules of the members' own
+        classes, and each member draws numbers of its own.
+
+        Args:
+            fn: A function that writes to the tensors of a module, in place.
+
+        Returns:
+            This ensemble.
+
+        Raises:
+            EnsembleError: If ``fn`` changes anything else, which the members couldn't keep.
+
+        Example:
+            >>> def init(module: nn.Module) -> None:
+            ...     if isinstance(module, nn.Linear):
+            ...         nn.init.orthogonal_(module.weight)
+            >>> ens = Ensemble([nn.Linear(3, 3) for _ in range(5)]).apply(init)
+            >>> torch.testing.assert_close(ens[4].weight @ ens[4].weight.T, torch.eye(3))
+        """
+        for i in range(self._n):
+            before, member = self._member(i, copy=False), self._member(i, copy=False)
+            member.apply(fn)
+            check_in_place(before, member, i)
         return self
 
     def load_state_dict(
