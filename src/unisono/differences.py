@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from unisono.describe import list_facts
 from unisono.errors import Difference, EnsembleError, IncompatibleMembersError
-from unisono.module_tree import PLAIN, TreeComparison, registered, tensors_named
+from unisono.module_tree import PLAIN, TreeComparison, named_tensors, registered, tensors_named
 from unisono.refusals import refuse_captures, refuse_models
 
 
@@ -86,7 +86,7 @@ def check_in_place(before: nn.Module, after: nn.Module, index: int) -> None:
     facts = [
         f"`{d.path}`: {d.found}; it had {d.expected}" for d in compare_members([before, after])
     ]
-    own = [dict(tensors_of(module)) for module in (before, after)]
+    own = [named_tensors(module) for module in (before, after)]
     facts += [
         f"`{name}`: another tensor instead of the same one with other elements"
         for name, tensor in own[0].items()
@@ -100,12 +100,6 @@ def check_in_place(before: nn.Module, after: nn.Module, index: int) -> None:
             f"Apply fn to the models, and build the ensemble from them:\n\n"
             f"    ens = Ensemble([model.apply(fn) for model in ens.unstack()])"
         )
-
-
-def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers by dotted name, a tied one under each of its names."""
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
 
 
 def _compare(

@@ -47,9 +47,14 @@ def tensors_named(model: nn.Module, names: Collection[str]) -> list[Tensor]:
     """Return the parameters and buffers with these dotted paths; a tied one has several."""
     if not names:
         return []
-    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    found.update(model.named_buffers(remove_duplicate=False))
+    found = named_tensors(model)
     return [found[name] for name in names if name in found]
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by dotted path; a tied one stands under each of its paths."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def registered(model: nn.Module) -> dict[int, str]:

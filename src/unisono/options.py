@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from unisono.engine.axis import Randomness
 from unisono.engine.planning.plan import StrategyName
 from unisono.errors import CheckpointError
+from unisono.module_tree import named_tensors
 
 _STRATEGIES = frozenset(get_args(StrategyName))
 _RANDOMNESS = frozenset(get_args(Randomness))
@@ -140,7 +141,7 @@ def resolve_shared(model: nn.Module, shared: str | Sequence[str]) -> frozenset[s
     patterns = [shared] if isinstance(shared, str) else list(shared)
     if not patterns or not isinstance(model, nn.Module):
         return frozenset()
-    tensors = _tensors(model)
+    tensors = named_tensors(model)
     found: set[int] = set()
     unknown = []
     for pattern in patterns:
@@ -168,17 +169,10 @@ def share_values(models: Sequence[nn.Module], shared: str | Sequence[str]) -> No
     """
     names = resolve_shared(models[0], shared)
     for model in models[1:] if names else ():
-        tensors = _tensors(model)
-        for name, value in _tensors(models[0]).items():
+        tensors = named_tensors(model)
+        for name, value in named_tensors(models[0]).items():
             if name in names and name in tensors and tensors[name].shape == value.shape:
                 tensors[name].detach().copy_(value.detach())
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
 
 
 def _listed(choices: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from unisono.engine.axis import (
 )
 from unisono.engine.tree import tree_map
 from unisono.errors import UnsupportedModelError
+from unisono.module_tree import named_tensors
 
 
 class MemberTree(nn.Module):
@@ -65,7 +66,7 @@ def stack(models: Sequence[nn.Module], *, shared: Collection[str] = ()) -> Membe
         >>> members.weight.shape
         torch.Size([5, 2, 3])
     """
-    columns = [dict(_named_tensors(model)) for model in models]
+    columns = [named_tensors(model) for model in models]
 
     def join(name: str, first: Tensor) -> Tensor:
         if first.layout is not torch.strided:
@@ -121,7 +122,7 @@ def make_template(model: nn.Module) -> nn.Module:
     """
     placeholders = {
         id(tensor): _like(tensor, torch.empty_like(tensor.detach(), device="meta"))
-        for _, tensor in _named_tensors(model)
+        for _, tensor in named_tensors(model).items()
     }
     return _copy_module(model, placeholders)
 
@@ -148,10 +149,10 @@ def unstack(
     Returns:
         The module; its parameters are leaves, with a gradient where the stacked ones have one.
     """
-    kept = dict(_named_tensors(members))
+    kept = named_tensors(members)
     own = {
         id(placeholder): _member_tensor(kept[name], None if name in shared else index, copy=copy)
-        for name, placeholder in _named_tensors(template)
+        for name, placeholder in named_tensors(template).items()
     }
     member = _copy_module(template, own)
     modes = {path: tree.training for path, tree in members.named_modules()}
@@ -199,12 +200,6 @@ def _mirror(model: nn.Module, convert: Callable[[str, Tensor], Tensor]) -> Membe
     trees.clear()
     tensors.clear()
     return tree
-
-
-def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers by dotted name, a tied one under each of its names."""
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
 
 
 def _like(tensor: Tensor, value: Tensor) -> Tensor:
