@@ -259,6 +259,22 @@ def test_a_member_is_frozen_at_its_last_good_epoch_with_its_optimizer_state(data
     assert not torch.equal(states[0][0], states[1][0])
 
 
+def test_a_frozen_member_has_no_validation_loss_any_more(data, held):
+    ens, _ = build(relu)
+    with pytest.warns(EnsembleWarning, match="member 2 "):
+        history = train(
+            ens,
+            data,
+            optim.SGD(ens, lr=[0.1, 0.1, 1e300, 0.1]),
+            validation=held,
+            metrics={"accuracy": lambda y, t: (y.argmax(1) == t).double().mean()},
+        )
+    for values in (history.validation_loss, history.metrics["accuracy"]):
+        assert np.isnan(values[:, 2]).all()
+        assert np.isfinite(values[:, [0, 1, 3]]).all()
+    assert np.isfinite(history.combined_loss).all()
+
+
 def test_frozen_members_leave_when_they_are_the_majority(data, monkeypatch):
     seen = sizes_of_epochs(monkeypatch)
     ens, _ = build(relu)
@@ -459,6 +475,27 @@ def test_random_numbers_of_the_process_are_left_alone_and_dropout_follows_the_se
         states.append(ens.state_dict())
     for name, tensor in states[0].items():
         assert torch.equal(tensor, states[1][name])
+
+
+def test_every_epoch_draws_numbers_of_its_own(data):
+    drawn = []
+
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 3).double()
+
+        def forward(self, x):
+            drawn.append((torch.rand(()).item(), float(np.random.rand())))
+            return self.linear(x)
+
+    ens = Ensemble([Noisy()], strategy="loop")
+    train(ens, data, optim.SGD(ens, lr=0.1), batch_size=ROWS, epochs=4)
+    assert len(set(drawn)) == len(drawn) == 4
+    first = list(drawn)
+    drawn.clear()
+    train(ens, data, optim.SGD(ens, lr=0.1), batch_size=ROWS, epochs=4)
+    assert drawn == first
 
 
 def test_a_member_learns_the_same_in_a_larger_ensemble(data):
