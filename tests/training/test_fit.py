@@ -703,3 +703,14 @@ def test_ctrl_c_leaves_everything_usable(data):
     assert torch.equal(torch.get_rng_state(), before)
     assert all(bool(torch.isfinite(p).all()) for p in ens.parameters())
     train(ens, data, optimizer)
+
+
+def test_targets_without_a_tensor_and_validation_without_rows(data):
+    ens, _ = build()
+    loader = DataLoader([(data[0][i], "a label") for i in range(4)], batch_size=2)
+    loss = lambda output, target: output.square().mean()  # noqa: E731 - it ignores its targets
+    with pytest.raises(TypeError, match="fit: the targets hold no tensor"):
+        train(ens, loader, optim.SGD(ens, lr=0.1), loss=loss, batch_size=None)
+    empty = DataLoader(torch.utils.data.Subset(TensorDataset(*data), []), batch_size=2)
+    with pytest.raises(ValueError, match="fit: the validation data have no rows"):
+        train(ens, data, optim.SGD(ens, lr=0.1), validation=empty)

@@ -366,11 +366,13 @@ def test_other_settings_are_listed_all_at_once_and_nothing_is_changed(tmp_path):
             resume=True,
             progress=False,
             seed=4,
+            max_grad_norm=[1.0, 2.0, 3.0, 4.0],
             scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 1),
         )
     text = str(caught.value)
     for line in (
         "batch_size was 16 and is 8",
+        "max_grad_norm was None and is [1.0, 2.0, 3.0, 4.0]",
         "members was 3 and is 4",
         "optimizer was 'Adam' and is 'SGD'",
         "patience was 3 and is None",

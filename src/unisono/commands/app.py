@@ -63,7 +63,7 @@ def train(
             help="Learning rate of Adam; given several times, one for each member; "
             "log:1e-4:1e-1 spreads the members' rates over that range."
         ),
-    ] = list(_DEFAULT.lr),  # noqa: B006
+    ] = list(_DEFAULT.lr),  # noqa: B006 - typer copies it; it takes no tuple here
     batch_size: Annotated[int, typer.Option(help="Images per step.")] = _DEFAULT.batch_size,
     device: Device = _DEFAULT.device,
     out: Annotated[

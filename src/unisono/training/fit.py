@@ -90,8 +90,9 @@ def fit(
         autocast: ``torch.bfloat16`` to run forward and loss under `torch.autocast`.
         checkpoint: A file that holds where the training stands; it is replaced as a whole.
         checkpoint_every: Epochs from one writing of it to the next.
-        resume: Go on from ``checkpoint`` if the file is there; the rest of the run is then bit
-            by bit what it would have been. Without it a file that is there is an error.
+        resume: Go on from ``checkpoint`` if the file is there; with a named strategy, or as far
+            as the plans of ``strategy="auto"`` are in the file, the rest of the run is bit by bit
+            what it would have been. Without it a file that is there is an error.
         callbacks: Functions of an `EpochEnd`, called after each epoch; training ends after an
             epoch in which one returns True.
         seed: Of the order of the rows, and of all random numbers.
@@ -186,6 +187,8 @@ def fit(
             "patience": patience,
             "min_delta": min_delta,
             "accumulate": accumulate,
+            "max_grad_norm": max_grad_norm,
+            "scheduler_every": scheduler_every,
             "autocast": str(autocast),
             "seed": seed,
             "metrics": sorted(metrics),
