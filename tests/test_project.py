@@ -68,7 +68,8 @@ def test_importing_changes_nothing():
     assert done.stderr == ""
     report = json.loads(done.stdout)
     assert report["changed"] == []
-    optional = {"matplotlib", "mlxtend", "pandas", "rich", "scipy", "sklearn", "typer"}
+    optional = {"matplotlib", "mlxtend", "pandas", "pyarrow", "rich", "scipy", "sklearn", "skops"}
+    optional |= {"torchmetrics", "typer"}
     assert optional & set(report["imported"]) == set()
 
 
