@@ -7,11 +7,12 @@ waits for a device. NaN of one member shows in `mean`, `median`, `weighted` and 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from unisono.member_axis import check_shape, chosen, class_axis, counted_up, shares
 
 
 def mean(outputs: Tensor) -> Tensor:
@@ -105,23 +106,8 @@ def weighted(outputs: Tensor, weights: Tensor | Sequence[float]) -> Tensor:
         tensor([2., 3.])
     """
     _check("weighted", outputs)
-    n = outputs.shape[0]
-    real = outputs.real.dtype if outputs.is_complex() else outputs.dtype
-    wide = torch.promote_types(real, torch.float32)
-    shape = tuple(weights.shape) if isinstance(weights, Tensor) else (len(weights),)
-    if shape != (n,):
-        raise ValueError(
-            f"combine.weighted: {n} members need weights of shape ({n},), got shape {shape}"
-        )
-    if isinstance(weights, Tensor):
-        _check_on_cpu(weights)
-        weights = weights.to(device=outputs.device, dtype=wide)
-    else:
-        numbers = [float(weight) for weight in weights]
-        _check_weights(numbers)
-        weights = torch.tensor(numbers, device=outputs.device, dtype=wide)
-    shares = (weights / weights.sum()).reshape(n, *[1] * (outputs.ndim - 1))
-    return (shares * outputs).sum(0).to(outputs.dtype)
+    share = shares("combine.weighted", weights, outputs)
+    return (share * outputs).sum(0).to(outputs.dtype)
 
 
 def probabilities(logits: Tensor, dim: int = -1) -> Tensor:
@@ -149,7 +135,7 @@ def probabilities(logits: Tensor, dim: int = -1) -> Tensor:
         tensor([0.5000, 0.5000])
     """
     _check("probabilities", logits)
-    dim = _class_axis("probabilities", logits, dim)
+    dim = class_axis("combine.probabilities", logits, dim)
     wide = torch.promote_types(logits.dtype, torch.float32)
     return logits.softmax(dim, dtype=wide).mean(0).to(logits.dtype)
 
@@ -184,17 +170,10 @@ def vote(outputs: Tensor, dim: int = -1) -> Tensor:
     """
     _check("vote", outputs, integers=True)
     if outputs.is_floating_point() or outputs.is_complex():
-        dim = _class_axis("vote", outputs, dim)
-        # Of equal values argmax takes the first: torch documents it.
-        choices = outputs.argmax(dim).masked_fill(outputs.isnan().any(dim), -1)
-    else:
-        choices = outputs.long()
-    n = choices.shape[0]
-    ordered = choices.sort(0).values  # equal choices stand together: (N, *)
-    place = torch.arange(n, device=choices.device).reshape(n, *[1] * (choices.ndim - 1))
-    first = torch.ones_like(ordered.narrow(0, 0, 1), dtype=torch.bool)
-    begins = torch.cat([first, ordered.diff(dim=0) != 0])
-    votes = place - (place * begins).cummax(0).values + 1  # counted up to this place
+        dim = class_axis("combine.vote", outputs, dim)
+    ordered, votes = counted_up(chosen(outputs, dim))
+    n = outputs.shape[0]
+    place = torch.arange(n, device=outputs.device).reshape(n, *[1] * (ordered.ndim - 1))
     # Most votes first, then the earlier place: no two places score the same.
     score = (votes * n + (n - 1 - place)).masked_fill(ordered < 0, -1)
     winner = ordered.gather(0, score.max(0, keepdim=True).indices).squeeze(0)
@@ -208,61 +187,9 @@ def _check(name: str, outputs: Tensor, *, integers: bool = False) -> None:
             f"combine.{name}: expected one tensor of outputs, got {type(outputs).__name__}; "
             f"combine each tensor in it by itself"
         )
-    if outputs.ndim == 0:
-        raise ValueError(
-            f"combine.{name}: axis 0 of the outputs is the member, but these have no axis"
-        )
-    if outputs.shape[0] == 0:
-        raise ValueError(
-            f"combine.{name}: outputs of shape {tuple(outputs.shape)} have no member on axis 0"
-        )
+    check_shape(f"combine.{name}", outputs)
     if not (integers or outputs.is_floating_point() or outputs.is_complex()):
         raise TypeError(
             f"combine.{name}: outputs of dtype {outputs.dtype} can't be averaged; "
             f"use combine.vote for labels, or outputs.float()"
         )
-
-
-def _class_axis(name: str, logits: Tensor, dim: int) -> int:
-    """Return the class axis counted from 0, or raise if `dim` isn't one."""
-    shape = tuple(logits.shape)
-    if logits.is_complex():
-        raise TypeError(f"combine.{name}: logits are real numbers, got {logits.dtype}")
-    if logits.ndim < 2:
-        raise ValueError(
-            f"combine.{name}: logits have a member axis and a class axis, got shape {shape}"
-        )
-    if not -logits.ndim <= dim < logits.ndim:
-        raise ValueError(f"combine.{name}: dim={dim} is no axis of logits of shape {shape}")
-    if dim % logits.ndim == 0:
-        raise ValueError(
-            f"combine.{name}: dim={dim} is the member axis of logits of shape {shape}; "
-            f"dim names the class axis"
-        )
-    if shape[dim] == 0:
-        raise ValueError(f"combine.{name}: logits of shape {shape} have no class on axis {dim}")
-    return dim % logits.ndim
-
-
-def _check_on_cpu(weights: Tensor) -> None:
-    """Check the weights if that takes no wait for a device, and they have values at all."""
-    if weights.is_complex():
-        raise TypeError(f"combine.weighted: weights are real numbers, got {weights.dtype}")
-    if weights.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    try:
-        values = weights.tolist()
-    except RuntimeError:  # fake tensors, and tensors inside torch.func.vmap, have no values to read
-        return
-    _check_weights(values)
-
-
-def _check_weights(weights: Sequence[float]) -> None:
-    for i, weight in enumerate(weights):
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(
-                f"combine.weighted: weights are finite and not negative, "
-                f"but weights[{i}] is {weight}"
-            )
-    if not any(weights):
-        raise ValueError(f"combine.weighted: the {len(weights)} weights sum to zero")

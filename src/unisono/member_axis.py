@@ -1,0 +1,148 @@
+"""What the pure functions of stacked outputs share: checks, weights, and what members choose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_shape(call: str, outputs: Tensor) -> None:
+    """Raise unless `outputs` has members on axis 0.
+
+    Args:
+        call: The function that the user called, for the message.
+        outputs: A tensor.
+    """
+    if outputs.ndim == 0:
+        raise ValueError(f"{call}: axis 0 of the outputs is the member, but these have no axis")
+    if outputs.shape[0] == 0:
+        raise ValueError(
+            f"{call}: outputs of shape {tuple(outputs.shape)} have no member on axis 0"
+        )
+
+
+def class_axis(call: str, logits: Tensor, dim: int) -> int:
+    """Return the class axis counted from 0, or raise if `dim` isn't one."""
+    shape = tuple(logits.shape)
+    if logits.is_complex():
+        raise TypeError(f"{call}: logits are real numbers, got {logits.dtype}")
+    if logits.ndim < 2:
+        raise ValueError(f"{call}: logits have a member axis and a class axis, got shape {shape}")
+    if not -logits.ndim <= dim < logits.ndim:
+        raise ValueError(f"{call}: dim={dim} is no axis of logits of shape {shape}")
+    if dim % logits.ndim == 0:
+        raise ValueError(
+            f"{call}: dim={dim} is the member axis of logits of shape {shape}; "
+            f"dim names the class axis"
+        )
+    if shape[dim] == 0:
+        raise ValueError(f"{call}: logits of shape {shape} have no class on axis {dim}")
+    return dim % logits.ndim
+
+
+def shares(call: str, weights: Tensor | Sequence[float], outputs: Tensor) -> Tensor:
+    """Weights of the members as parts of one, shaped to be multiplied with the outputs.
+
+    Args:
+        call: The function that the user called, for the message.
+        weights: One number per member.
+        outputs: Outputs of the members; the shares lie where they lie.
+
+    Returns:
+        Shares of at least float32.
+
+    Shape:
+        - weights: (N,)
+        - outputs: (N, *)
+        - returns: (N, 1, ...), with as many axes as the outputs
+
+    Raises:
+        ValueError: If the weights aren't N finite numbers, none below zero and one above.
+        TypeError: If they are complex.
+    """
+    n = outputs.shape[0]
+    real = outputs.real.dtype if outputs.is_complex() else outputs.dtype
+    wide = torch.promote_types(real, torch.float32)
+    shape = tuple(weights.shape) if isinstance(weights, Tensor) else (len(weights),)
+    if shape != (n,):
+        raise ValueError(f"{call}: {n} members need weights of shape ({n},), got shape {shape}")
+    if isinstance(weights, Tensor):
+        if weights.is_complex():
+            raise TypeError(f"{call}: weights are real numbers, got {weights.dtype}")
+        values = values_on_cpu(weights)
+        if values is not None:
+            _check_weights(call, values)
+        weights = weights.to(device=outputs.device, dtype=wide)
+    else:
+        numbers = [float(weight) for weight in weights]
+        _check_weights(call, numbers)
+        weights = torch.tensor(numbers, device=outputs.device, dtype=wide)
+    return (weights / weights.sum()).reshape(n, *[1] * (outputs.ndim - 1))
+
+
+def values_on_cpu(tensor: Tensor) -> list[float] | None:
+    """The elements of a tensor if reading them takes no wait for a device; else None."""
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    try:
+        values: list[float] = tensor.tolist()
+    except RuntimeError:  # fake tensors, and tensors inside torch.func.vmap, have no values to read
+        return None
+    return values
+
+
+def chosen(outputs: Tensor, dim: int) -> Tensor:
+    """The class that each member chooses: its largest logit, of equals the lowest class.
+
+    Args:
+        outputs: Logits or probabilities; or labels of integer dtype, which are the choices.
+        dim: The class axis; labels have none.
+
+    Returns:
+        The choices, int64; -1 (or any number below) where a member abstains, as with NaN.
+
+    Shape:
+        - outputs: (N, *, C), or labels (N, *)
+        - returns: (N, *)
+    """
+    if outputs.is_floating_point():
+        # Of equal values argmax takes the first: torch documents it.
+        return outputs.argmax(dim).masked_fill(outputs.isnan().any(dim), -1)
+    return outputs.long()
+
+
+def counted_up(choices: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort the choices of each element over the members, and count equal ones from 1 up.
+
+    Memory is that of the choices, whatever the number of classes.
+
+    Returns:
+        The sorted choices, and for each the how-manieth of its class it is.
+
+    Shape:
+        - all: (N, *)
+
+    Example:
+        >>> ordered, count = counted_up(torch.tensor([7, 3, 7]))
+        >>> ordered.tolist(), count.tolist()
+        ([3, 7, 7], [1, 1, 2])
+    """
+    n = choices.shape[0]
+    ordered = choices.sort(0).values  # equal choices stand together
+    place = torch.arange(n, device=choices.device).reshape(n, *[1] * (choices.ndim - 1))
+    first = torch.ones_like(ordered.narrow(0, 0, 1), dtype=torch.bool)
+    begins = torch.cat([first, ordered.diff(dim=0) != 0])
+    return ordered, place - (place * begins).cummax(0).values + 1
+
+
+def _check_weights(call: str, weights: Sequence[float]) -> None:
+    for i, weight in enumerate(weights):
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(
+                f"{call}: weights are finite and not negative, but weights[{i}] is {weight}"
+            )
+    if not any(weights):
+        raise ValueError(f"{call}: the {len(weights)} weights sum to zero")
