@@ -24,6 +24,16 @@ def check_shape(call: str, outputs: Tensor) -> None:
         )
 
 
+def check_members(call: str, outputs: Tensor) -> None:
+    """Raise unless `outputs` is a tensor with members on axis 0."""
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"{call}: expected one tensor of outputs, got {type(outputs).__name__}; "
+            f"pass the tensor in it that holds the predictions"
+        )
+    check_shape(call, outputs)
+
+
 def class_axis(call: str, logits: Tensor, dim: int) -> int:
     """Return the class axis counted from 0, or raise if `dim` isn't one."""
     shape = tuple(logits.shape)

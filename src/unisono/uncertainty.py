@@ -1,0 +1,262 @@
+"""How much the members don't know, and how much nobody could: total = aleatoric + epistemic.
+
+Pure functions of the tensors that an ensemble returns. *Aleatoric* is the uncertainty that each
+member states by itself; *epistemic* is what comes on top because the members disagree, and is never
+negative. None of the functions waits for a device; all of them can be differentiated and compiled.
+Half precision is computed in float32 and rounded at the end. NaN of one member shows as NaN.
+
+References: Lakshminarayanan, Pritzel and Blundell, "Simple and Scalable Predictive Uncertainty
+Estimation using Deep Ensembles", 2017, https://arxiv.org/abs/1612.01474; Depeweg et al.,
+"Decomposition of Uncertainty in Bayesian Deep Learning for Efficient and Risk-sensitive Learning",
+2018, https://arxiv.org/abs/1710.07283
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Final, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from unisono.disagreement import disagreement_matrix as disagreement_matrix
+from unisono.disagreement import pairwise_disagreement as pairwise_disagreement
+from unisono.disagreement import variation_ratio as variation_ratio
+from unisono.member_axis import check_members, class_axis, shares, values_on_cpu
+
+Given = Literal["logits", "probabilities"]
+
+
+class Uncertainty(NamedTuple):
+    """A prediction, and its uncertainty in two parts: ``total == aleatoric + epistemic``.
+
+    Args:
+        prediction: Of all members together.
+        total: Of the prediction.
+        aleatoric: What members state on average, each by itself.
+        epistemic: What comes from their disagreement; zero where they agree.
+
+    Example:
+        >>> agree = classification(torch.zeros(2, 4))
+        >>> agree.total, agree.epistemic
+        (tensor(1.3863), tensor(0.))
+    """
+
+    prediction: Any
+    total: Any
+    aleatoric: Any
+    epistemic: Any
+
+
+def classification(
+    outputs: Tensor,
+    *,
+    dim: int = -1,
+    given: Given = "logits",
+    weights: Tensor | Sequence[float] | None = None,
+) -> Uncertainty:
+    """Split the entropy of the mean: ``H[mean p_i] == mean H[p_i] + mean KL(p_i, mean p_i)``.
+
+    ``prediction = sum_i w_i p_i``; `total` is its entropy, `aleatoric` the members' mean entropy,
+    and `epistemic` the mutual information of class and member. The latter is computed as the mean
+    Kullback-Leibler divergence of a member from the prediction, not as the difference of two
+    entropies: so it is at least zero, and right where it is small.
+
+    Args:
+        outputs: Logits or probabilities of all members, of floating dtype. Log-probabilities are
+            logits. -inf among the logits is a class of probability zero.
+        dim: The class axis, any but the member axis 0.
+        given: Which of the two they are: ``"logits"`` or ``"probabilities"``.
+        weights: One number per member, as for `combine.weighted`; equal ones by default.
+
+    Returns:
+        Mean probabilities, and three entropies in nats, from 0 to log(C); the epistemic one to
+        log(N) at most. All of the outputs' dtype.
+
+    Shape:
+        - outputs: (N, *, C)
+        - prediction: (*, C)
+        - total, aleatoric, epistemic: (*)
+
+    Raises:
+        ValueError: If there is no member axis, no member on it, no class axis `dim`, or if
+            probabilities on the CPU aren't such.
+        TypeError: If the outputs are no tensor, integers, or complex.
+
+    Example:
+        >>> sure_but_divided = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> classification(sure_but_divided, given="probabilities")
+        Uncertainty(prediction=tensor([0.5000, 0.5000]), total=tensor(0.6931),
+            aleatoric=tensor(0.), epistemic=tensor(0.6931))
+
+    References: Houlsby et al., "Bayesian Active Learning for Classification and Preference
+    Learning", 2011, https://arxiv.org/abs/1112.5745, for the mutual information; Depeweg et al.
+    2018, above.
+    """
+    call = "uncertainty.classification"
+    check_members(call, outputs)
+    _check_dtype(call, outputs)
+    if given not in ("logits", "probabilities"):
+        raise ValueError(f'{call}: given is "logits" or "probabilities"; got {given!r}')
+    dim = class_axis(call, outputs, dim)
+    wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+    w = None if weights is None else shares(call, weights, outputs)
+    if given == "logits":
+        log_p = _finite(wide.log_softmax(dim))  # (N, *, C)
+        p = log_p.exp()
+        log_mean = _log_mean(log_p, w)  # (*, C)
+        prediction = log_mean.exp()
+    else:
+        _check_probabilities(call, outputs, dim)
+        p = wide
+        prediction = _mean(p, w)
+        log_p, log_mean = _log(p), _log(prediction)
+    aleatoric = _mean(-(p * log_p).sum(dim), _without(w, dim)).clamp(min=0)
+    divergence = _divergence_terms(p, log_p, prediction, log_mean)
+    epistemic = _mean(divergence.sum(dim), _without(w, dim)).clamp(min=0)
+    found = (prediction, aleatoric + epistemic, aleatoric, epistemic)
+    return Uncertainty(*(each.to(outputs.dtype) for each in found))
+
+
+def regression(
+    mean: Tensor,
+    variance: Tensor | None = None,
+    *,
+    weights: Tensor | Sequence[float] | None = None,
+) -> Uncertainty:
+    """Split the variance of a mixture: ``Var[y] == mean variance_i + variance of mean_i``.
+
+    Each member is a distribution with a mean and a variance, as a Gaussian; together they are the
+    mixture of them, whose mean is the `prediction` and whose variance is `total`. `aleatoric` is
+    the mean of the members' variances, `epistemic` the variance of their means (divided by N, not
+    by N - 1: that of the mixture). Members that predict a point only state no variance: their
+    `aleatoric` is zero and `total` is `epistemic`.
+
+    Args:
+        mean: Predictions of all members, of floating dtype.
+        variance: Variances of the same shape, none below zero: of log-variances, ``.exp()``. None
+            for members that predict points.
+        weights: One number per member, as for `combine.weighted`; equal ones by default.
+
+    Returns:
+        The mean, and three variances in the squared unit of the mean, of its dtype.
+
+    Shape:
+        - mean, variance: (N, *)
+        - each of the results: (*)
+
+    Raises:
+        ValueError: If there is no member axis, no member on it, if the shapes differ, or a
+            variance on the CPU is below zero.
+        TypeError: If one is no tensor, integers, or complex.
+
+    Example:
+        >>> regression(torch.tensor([1.0, 3.0]), torch.tensor([0.5, 0.7]))
+        Uncertainty(prediction=tensor(2.), total=tensor(1.6000),
+            aleatoric=tensor(0.6000), epistemic=tensor(1.))
+
+    Reference: Lakshminarayanan et al. 2017, above, section 2.4.
+    """
+    call = "uncertainty.regression"
+    check_members(call, mean)
+    _check_dtype(call, mean)
+    _check_variance(call, mean, variance)
+    wide = torch.promote_types(mean.dtype, torch.float32)
+    if variance is not None:
+        wide = torch.promote_types(wide, variance.dtype)
+    w = None if weights is None else shares(call, weights, mean)
+    # From member 0 on: where all agree the difference is exactly zero, however large the numbers.
+    offset = mean.to(wide) - mean[:1].to(wide)
+    average = _mean(offset, w)
+    prediction = mean[0].to(wide) + average
+    epistemic = _mean((offset - average).square(), w)
+    aleatoric = torch.zeros_like(epistemic) if variance is None else _mean(variance.to(wide), w)
+    found = (prediction, aleatoric + epistemic, aleatoric, epistemic)
+    return Uncertainty(*(each.to(mean.dtype) for each in found))
+
+
+_FAR: Final = 0.25  # of the largest number; sums of a few such numbers are finite
+
+
+def _finite(log_p: Tensor) -> Tensor:
+    """-inf as a number whose product with probability zero is zero, in gradients too."""
+    return log_p.clamp(min=torch.finfo(log_p.dtype).min * _FAR)
+
+
+def _log(p: Tensor) -> Tensor:
+    return p.clamp(min=torch.finfo(p.dtype).tiny).log()
+
+
+def _divergence_terms(p: Tensor, log_p: Tensor, mean: Tensor, log_mean: Tensor) -> Tensor:
+    """Terms of KL(p, mean): ``p log(p / mean) - p + mean``, each at least zero.
+
+    The last two add up to nothing over the members, but term by term they take away what is of
+    first order in the difference: rounding of 1e-7 leaves 1e-14 and not 1e-7.
+    """
+    d = log_p - log_mean
+    is_near = d.abs() < 1
+    near = d.where(is_near, torch.zeros_like(d))
+    return torch.where(is_near, p * (near + torch.expm1(-near)), p * d - p + mean)
+
+
+def _mean(values: Tensor, w: Tensor | None) -> Tensor:
+    return values.mean(0) if w is None else (w * values).sum(0)
+
+
+def _without(w: Tensor | None, dim: int) -> Tensor | None:
+    return None if w is None else w.squeeze(dim)
+
+
+def _log_mean(log_p: Tensor, w: Tensor | None) -> Tensor:
+    """``log(sum_i w_i p_i)``."""
+    if w is None:
+        return torch.logsumexp(log_p, 0) - math.log(log_p.shape[0])
+    has_none = w == 0
+    log_w = w.masked_fill(has_none, 1).log().masked_fill(has_none, -torch.inf)
+    return torch.logsumexp(log_p + _finite(log_w), 0)
+
+
+def _check_dtype(call: str, outputs: Tensor) -> None:
+    if not (outputs.is_floating_point() or outputs.is_complex()):
+        raise TypeError(
+            f"{call}: expected outputs of floating dtype, got {outputs.dtype}; labels have an "
+            f"uncertainty.variation_ratio"
+        )
+
+
+def _check_probabilities(call: str, outputs: Tensor, dim: int) -> None:
+    """Raise for logits that pass for probabilities, if that takes no wait for a device."""
+    slack = max(1e-3, 16 * torch.finfo(outputs.dtype).eps)
+    p = outputs.detach()
+    sums = p.sum(dim, dtype=torch.promote_types(p.dtype, torch.float32))
+    # Comparisons with NaN are false: it passes, and shows in the result.
+    facts = torch.stack([(p < 0).sum(), ((sums - 1).abs() > slack).sum()])
+    counts = values_on_cpu(facts)
+    if counts and any(counts):
+        raise ValueError(
+            f"{call}: probabilities are at least 0 and sum to 1 over the classes on axis {dim}, "
+            f"but {counts[0]} of {p.numel()} are below 0, and {counts[1]} of {sums.numel()} sums "
+            f'differ from 1; pass given="logits" for logits, or another dim'
+        )
+
+
+def _check_variance(call: str, mean: Tensor, variance: Tensor | None) -> None:
+    if mean.is_complex():
+        raise TypeError(f"{call}: predictions are real numbers, got {mean.dtype}")
+    if variance is None:
+        return
+    if not isinstance(variance, Tensor) or not variance.is_floating_point():
+        kind = variance.dtype if isinstance(variance, Tensor) else type(variance).__name__
+        raise TypeError(f"{call}: variance is a tensor of floating dtype, got {kind}")
+    if variance.shape != mean.shape:
+        raise ValueError(
+            f"{call}: each prediction has one variance, but mean has shape {tuple(mean.shape)} and "
+            f"variance {tuple(variance.shape)}"
+        )
+    negative = values_on_cpu((variance.detach() < 0).sum().reshape(1))
+    if negative and any(negative):
+        raise ValueError(
+            f"{call}: variances are at least 0, but {negative[0]} of {variance.numel()} are below; "
+            f"for members that return log-variances: regression(mean, log_variance.exp())"
+        )
