@@ -139,7 +139,11 @@ def make_batches(
 
 
 def make_validation_batches(
-    data: Any, *, batch_size: int | None, device: torch.device | str | None = None
+    data: Any,
+    *,
+    batch_size: int | None,
+    device: torch.device | str | None = None,
+    name: str = "validation",
 ) -> Iterable[Any]:
     """Make the minibatches that all members are measured on: all rows, in order.
 
@@ -150,6 +154,7 @@ def make_validation_batches(
         data: As for `make_batches`.
         batch_size: Rows of a minibatch, at most; None for all rows. A `DataLoader` has its own.
         device: Where the minibatches are to lie; None for where the data lie.
+        name: What the data are, for messages.
 
     Returns:
         The minibatches.
@@ -170,15 +175,15 @@ def make_validation_batches(
     batch_size = check_batch_size(batch_size)
     place = None if device is None else torch.device(device)
     if isinstance(data, DataLoader):
-        _check_own_size("validation", data, batch_size)
+        _check_own_size(name, data, batch_size)
         return LoadedInOrder(data, place)
     given = _tensors_inside(data)
-    if _is_dataset("validation", given):
-        rows = dataset_length("validation", given)
+    if _is_dataset(name, given):
+        rows = dataset_length(name, given)
         # A generator of its own: measuring must not change the random numbers of training.
         own = torch.Generator()
         return LoadedInOrder(DataLoader(given, batch_size or rows, generator=own), place)
-    tensors, num_rows = as_tensors("validation", given, place)
+    tensors, num_rows = as_tensors(name, given, place)
     return TensorSlices(tensors, split_evenly(num_rows, batch_size))
 
 

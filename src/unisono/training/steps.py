@@ -100,8 +100,12 @@ def train_epoch(
     return total / max(rows, 1), finite
 
 
-def pair(batch: Any) -> tuple[Any, Any]:
+def pair(batch: Any, caller: str = "fit") -> tuple[Any, Any]:
     """Inputs and targets of a minibatch.
+
+    Args:
+        batch: What the data give.
+        caller: The function that the user called, for the message.
 
     Raises:
         TypeError: If it is anything else.
@@ -110,7 +114,7 @@ def pair(batch: Any) -> tuple[Any, Any]:
         return batch[0], batch[1]
     size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
     raise TypeError(
-        f"fit: the data are pairs (inputs, targets), but a minibatch is a"
+        f"{caller}: the data are pairs (inputs, targets), but a minibatch is a"
         f" {type(batch).__name__}{size}; several inputs go into one: ((x1, x2), y)"
     )
 
