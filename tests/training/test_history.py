@@ -74,7 +74,7 @@ def test_what_it_prints():
 
 
 def test_the_picture_has_a_line_for_each_member_and_their_mean():
-    axes = history().plot().axes[0]
+    axes = history().plot()
     assert len(axes.lines) == 2 * (3 + 1) + 1
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == [
@@ -86,7 +86,7 @@ def test_the_picture_has_a_line_for_each_member_and_their_mean():
 
 
 def test_many_members_are_a_band():
-    axes = plots.learning_curves(np.ones((5, 200))).axes[0]
+    axes = plots.learning_curves(np.ones((5, 200)))
     assert len(axes.lines) == 1
     assert len(axes.collections) == 1
 
@@ -98,7 +98,7 @@ def test_losses_that_are_not_finite_do_not_stop_a_picture():
 
 def test_a_sweep_marks_the_best_and_leaves_out_what_is_not_finite():
     rates = np.array([1e-1, 1e-3, 1e-2])
-    axes = plots.sweep(rates, np.array([NAN, 0.5, 0.9]), what="rate", score="accuracy").axes[0]
+    axes = plots.sweep(rates, np.array([NAN, 0.5, 0.9]), what="rate", score="accuracy")
     assert axes.get_legend().get_texts()[0].get_text() == "best: 0.9 at 0.01"
     assert axes.get_xscale() == "log"
     plots.to_png(plots.sweep(rates, rates * NAN, what="rate", score="accuracy"))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Stop = Literal["", "patience", "not finite"]
@@ -127,11 +127,11 @@ class History:
             "held_out": [_plain(rows) for rows in self.held_out],
         }
 
-    def plot(self) -> Figure:
+    def plot(self) -> Axes:
         """Draw the losses over the epochs: every member, their mean, the combined prediction.
 
         Returns:
-            A Matplotlib figure, not shown and not saved.
+            Matplotlib's axes; their ``.figure`` is new, not shown and not saved.
 
         Raises:
             MissingExtraError: If Matplotlib isn't installed.
