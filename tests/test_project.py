@@ -78,9 +78,11 @@ def test_importing_changes_nothing():
 
 PUBLIC_MODULES = (
     "unisono",
+    "unisono.calibration",
     "unisono.combine",
     "unisono.optim",
     "unisono.plots",
+    "unisono.selection",
     "unisono.training.sampling",
 )
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, overload
 import torch
 from torch import Tensor, nn
 
+from unisono.combination import Combination
 from unisono.differences import check_in_place, check_members
 from unisono.engine.axis import Randomness
 from unisono.engine.capture import Capture
@@ -17,6 +18,7 @@ from unisono.engine.parts import Call
 from unisono.engine.planning.plan import Plan, StrategyName
 from unisono.engine.planning.planner import Options, Planner
 from unisono.engine.pool import Pool
+from unisono.module_tree import named_tensors
 from unisono.options import (
     check_build,
     check_copies,
@@ -82,6 +84,7 @@ class Ensemble(nn.Module):
     """
 
     members: MemberTree
+    combination: Combination
     _followers: weakref.WeakSet[Follower]
 
     def __init__(
@@ -285,8 +288,9 @@ class Ensemble(nn.Module):
         """Copy members over others, in place: ``ens[dst]`` then equals ``ens[src]``.
 
         The exploit step of population-based training (https://arxiv.org/abs/1711.09846). The
-        state that optimizers of `unisono.optim` keep for these members is copied too; their
-        hyperparameters are not. All members ``src`` are read before any is written.
+        state that optimizers of `unisono.optim` keep for these members is copied too, as are
+        their weights and temperatures in ``ens.combination``; their hyperparameters are not. All
+        members ``src`` are read before any is written.
 
         Args:
             src: The member to copy, or several.
@@ -305,6 +309,7 @@ class Ensemble(nn.Module):
         of, to = check_copies(src, dst, self._n)
         tensors = self.stacked_tensors()
         copy_rows(tensors, to, tensors, of)
+        self.combination.copy_members(of, to)
         for follower in list(self._followers):
             follower.copy_members(of, to)
 
@@ -430,6 +435,7 @@ class Ensemble(nn.Module):
     ) -> None:
         self._n = n
         self.members = members
+        self.combination = Combination(n).train(members.training)
         self.training = members.training
         self._planner = Planner(Pool(template, members, shared))
         self._followers = weakref.WeakSet()
@@ -441,6 +447,17 @@ class Ensemble(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._followers = weakref.WeakSet()
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *rest: Any
+    ) -> None:
+        # Here and not in `load_state_dict`, which isn't called for an ensemble inside a module.
+        tensors = named_tensors(self.members).values()
+        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+        self.combination.make_room(
+            state_dict, f"{prefix}combination.", strict=strict, device=device
+        )
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *rest)
 
     def _call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         check_options(self.strategy, self.randomness, self.chunk_size, self.memory_limit)
@@ -471,6 +488,7 @@ class Ensemble(nn.Module):
         nn.Module.__init__(ensemble)
         members = select(self.members, indices, shared=pool.shared, attributes=pool.attributes)
         ensemble._assemble(make_template(pool.module), members, pool.shared, len(indices))
+        ensemble.combination = self.combination.select(indices)
         ensemble._planner.pool.attributes = pool.attributes
         ensemble.strategy = self.strategy
         ensemble.randomness = self.randomness
