@@ -104,6 +104,30 @@ def values_on_cpu(tensor: Tensor) -> list[float] | None:
     return values
 
 
+def finite(log_p: Tensor) -> Tensor:
+    """-inf as a number whose product with probability zero is zero, in gradients too."""
+    # A quarter of the largest: sums of a few such numbers are finite.
+    return log_p.clamp(min=torch.finfo(log_p.dtype).min / 4)
+
+
+def log_mean(log_p: Tensor, w: Tensor | None) -> Tensor:
+    """``log(sum_i w[i] exp(log_p[i]))``, without leaving the logarithms.
+
+    Args:
+        log_p: Logarithms of what is averaged over the members.
+        w: `shares`, shaped to be multiplied with it; None for equal ones.
+
+    Shape:
+        - log_p: (N, *)
+        - returns: (*)
+    """
+    if w is None:
+        return torch.logsumexp(log_p, 0) - math.log(log_p.shape[0])
+    has_none = w == 0
+    log_w = w.masked_fill(has_none, 1).log().masked_fill(has_none, -torch.inf)
+    return torch.logsumexp(log_p + finite(log_w), 0)
+
+
 def chosen(outputs: Tensor, dim: int) -> Tensor:
     """The class that each member chooses: its largest logit, of equals the lowest class.
 

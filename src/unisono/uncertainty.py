@@ -13,9 +13,8 @@ Estimation using Deep Ensembles", 2017, https://arxiv.org/abs/1612.01474; Depewe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +22,14 @@ from torch import Tensor
 from unisono.disagreement import disagreement_matrix as disagreement_matrix
 from unisono.disagreement import pairwise_disagreement as pairwise_disagreement
 from unisono.disagreement import variation_ratio as variation_ratio
-from unisono.member_axis import check_members, class_axis, shares, values_on_cpu
+from unisono.member_axis import (
+    check_members,
+    class_axis,
+    finite,
+    log_mean,
+    shares,
+    values_on_cpu,
+)
 
 Given = Literal["logits", "probabilities"]
 
@@ -103,17 +109,17 @@ def classification(
     wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
     w = None if weights is None else shares(call, weights, outputs)
     if given == "logits":
-        log_p = _finite(wide.log_softmax(dim))  # (N, *, C)
+        log_p = finite(wide.log_softmax(dim))  # (N, *, C)
         p = log_p.exp()
-        log_mean = _log_mean(log_p, w)  # (*, C)
-        prediction = log_mean.exp()
+        log_prediction = log_mean(log_p, w)  # (*, C)
+        prediction = log_prediction.exp()
     else:
         _check_probabilities(call, outputs, dim)
         p = wide
         prediction = _mean(p, w)
-        log_p, log_mean = _log(p), _log(prediction)
+        log_p, log_prediction = _log(p), _log(prediction)
     aleatoric = _mean(-(p * log_p).sum(dim), _without(w, dim)).clamp(min=0)
-    divergence = _divergence_terms(p, log_p, prediction, log_mean)
+    divergence = _divergence_terms(p, log_p, prediction, log_prediction)
     epistemic = _mean(divergence.sum(dim), _without(w, dim)).clamp(min=0)
     found = (prediction, aleatoric + epistemic, aleatoric, epistemic)
     return Uncertainty(*(each.to(outputs.dtype) for each in found))
@@ -176,25 +182,17 @@ def regression(
     return Uncertainty(*(each.to(mean.dtype) for each in found))
 
 
-_FAR: Final = 0.25  # of the largest number; sums of a few such numbers are finite
-
-
-def _finite(log_p: Tensor) -> Tensor:
-    """-inf as a number whose product with probability zero is zero, in gradients too."""
-    return log_p.clamp(min=torch.finfo(log_p.dtype).min * _FAR)
-
-
 def _log(p: Tensor) -> Tensor:
     return p.clamp(min=torch.finfo(p.dtype).tiny).log()
 
 
-def _divergence_terms(p: Tensor, log_p: Tensor, mean: Tensor, log_mean: Tensor) -> Tensor:
+def _divergence_terms(p: Tensor, log_p: Tensor, mean: Tensor, log_of_mean: Tensor) -> Tensor:
     """Terms of KL(p, mean): ``p log(p / mean) - p + mean``, each at least zero.
 
     The last two add up to nothing over the members, but term by term they take away what is of
     first order in the difference: rounding of 1e-7 leaves 1e-14 and not 1e-7.
     """
-    d = log_p - log_mean
+    d = log_p - log_of_mean
     is_near = d.abs() < 1
     near = d.where(is_near, torch.zeros_like(d))
     return torch.where(is_near, p * (near + torch.expm1(-near)), p * d - p + mean)
@@ -206,15 +204,6 @@ def _mean(values: Tensor, w: Tensor | None) -> Tensor:
 
 def _without(w: Tensor | None, dim: int) -> Tensor | None:
     return None if w is None else w.squeeze(dim)
-
-
-def _log_mean(log_p: Tensor, w: Tensor | None) -> Tensor:
-    """``log(sum_i w_i p_i)``."""
-    if w is None:
-        return torch.logsumexp(log_p, 0) - math.log(log_p.shape[0])
-    has_none = w == 0
-    log_w = w.masked_fill(has_none, 1).log().masked_fill(has_none, -torch.inf)
-    return torch.logsumexp(log_p + _finite(log_w), 0)
 
 
 def _check_dtype(call: str, outputs: Tensor) -> None:

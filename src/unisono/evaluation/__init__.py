@@ -1,0 +1,1 @@
+"""How good the members of an ensemble are, each by itself and together."""

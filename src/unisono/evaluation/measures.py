@@ -1,0 +1,152 @@
+"""The metrics of one task, fed minibatch by minibatch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from unisono.evaluation.classes import ClassReader
+from unisono.evaluation.numbers import NumberReader
+from unisono.evaluation.readings import Reader, Reading
+from unisono.evaluation.result import Evaluation, OutOfDistribution, Task
+from unisono.evaluation.stacked_metrics import (
+    R2,
+    CalibrationError,
+    EachMember,
+    RowMean,
+    Separation,
+    mean_absolute_error,
+    root_mean_squared_error,
+)
+from unisono.training.combined import Combine
+
+READERS: Final[Mapping[Task, type[ClassReader | NumberReader]]] = {
+    "classification": ClassReader,
+    "regression": NumberReader,
+}
+# Those of predictions and targets. Others are means over the rows, which the reader names.
+_OWN: Final[Mapping[Task, Mapping[str, Callable[[int], Metric]]]] = {
+    "classification": {"ece": CalibrationError},
+    "regression": {
+        "rmse": root_mean_squared_error,
+        "mae": mean_absolute_error,
+        "r2": lambda size: R2(),
+    },
+}
+_ROW_MEANS: Final[Mapping[Task, tuple[str, ...]]] = {
+    "classification": ("accuracy", "nll", "brier"),
+    "regression": ("nll",),
+}
+_PARTS: Final = ("total", "aleatoric", "epistemic")
+
+
+def built_in_names(task: Task) -> frozenset[str]:
+    """Names that a metric of the caller can't have."""
+    return frozenset({*_ROW_MEANS[task], *_OWN[task]})
+
+
+class Measures:
+    """All metrics of members and combined prediction; the size of their state is fixed.
+
+    Args:
+        task: What the outputs are.
+        n: The number of members.
+        weights: Their shares; None for equal ones.
+        combine: See `evaluate`.
+        metrics: Name -> a metric of the caller.
+        outside: Whether rows of another distribution come after the others.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        n: int,
+        *,
+        weights: Tensor | None,
+        combine: Combine | None,
+        metrics: Mapping[str, Metric],
+        outside: bool,
+    ) -> None:
+        self._task: Task = task
+        self._n = n
+        self._reader: Reader = READERS[task](n, weights=weights, combine=combine)
+        self._row_means: dict[str, RowMean] = {}
+        self._metrics: dict[str, Metric] = {name: make(n + 1) for name, make in _OWN[task].items()}
+        self._metrics |= {name: EachMember(name, metric, n + 1) for name, metric in metrics.items()}
+        self._uncertainty = {False: RowMean(), True: RowMean()}
+        self._rows = {False: 0, True: 0}
+        self._separation = Separation(3) if outside else None
+        self._own_separation = Separation(n) if outside else None
+        self._states_own = True
+
+    def add(self, outputs: Any, targets: Any) -> None:
+        """Measure a minibatch of the data."""
+        reading = self._reader.read(outputs, targets)
+        for name, values in reading.row_values.items():
+            self._row_means.setdefault(name, RowMean()).to(values.device).update(values)
+        for metric in self._metrics.values():
+            metric.to(reading.predictions.device).update(reading.predictions, reading.targets)
+        self._add_uncertainty(reading, is_outside=False)
+
+    def add_outside(self, outputs: Any) -> None:
+        """Measure the uncertainty of a minibatch of another distribution."""
+        self._add_uncertainty(self._reader.read(outputs, None), is_outside=True)
+
+    def states(self) -> Iterable[Tensor]:
+        """All tensors that are kept from one minibatch to the next."""
+        metrics = [*self._row_means.values(), *self._metrics.values(), *self._uncertainty.values()]
+        metrics += [each for each in (self._separation, self._own_separation) if each is not None]
+        for metric in metrics:
+            yield from (x for x in metric.metric_state.values() if isinstance(x, Tensor))
+
+    def result(self) -> Evaluation:
+        """Read all values from the device."""
+        for is_outside, what in ((False, "data"), (True, "out_of_distribution")):
+            if not self._rows[is_outside] and (self._separation is not None or not is_outside):
+                raise ValueError(f"evaluate: {what} has no rows; is the loader's iterator used up?")
+        self._reader.check()
+        names = [name for name in _ROW_MEANS[self._task] if name in self._row_means]
+        values = {name: _read(self._row_means[name]) for name in names}
+        values |= {name: _read(metric) for name, metric in self._metrics.items()}
+        return Evaluation(
+            self._task,
+            self._rows[False],
+            {name: found[:-1].numpy() for name, found in values.items()},
+            {name: float(found[-1]) for name, found in values.items()},
+            self._mean_uncertainty(is_outside=False),
+            self._outside(),
+        )
+
+    def _add_uncertainty(self, reading: Reading, *, is_outside: bool) -> None:
+        device = reading.uncertainty.device
+        self._rows[is_outside] += reading.predictions.shape[1]
+        self._uncertainty[is_outside].to(device).update(reading.uncertainty)
+        if self._separation is None or self._own_separation is None:
+            return
+        self._separation.to(device).update(reading.uncertainty, is_outside)
+        if reading.own is None:
+            self._states_own = False
+        else:
+            self._own_separation.to(device).update(reading.own, is_outside)
+
+    def _mean_uncertainty(self, *, is_outside: bool) -> dict[str, float]:
+        return dict(zip(_PARTS, _read(self._uncertainty[is_outside]).tolist(), strict=True))
+
+    def _outside(self) -> OutOfDistribution | None:
+        if self._separation is None or self._own_separation is None:
+            return None
+        return OutOfDistribution(
+            auroc=dict(zip(_PARTS, _read(self._separation).tolist(), strict=True)),
+            members=_read(self._own_separation).numpy() if self._states_own else None,
+            uncertainty=self._mean_uncertainty(is_outside=True),
+            rows=self._rows[True],
+        )
+
+
+def _read(metric: Metric) -> Tensor:
+    found: Tensor = metric.compute()
+    return found.detach().to("cpu", torch.float64)
