@@ -92,7 +92,8 @@ def correlation_heat_map(outputs: Values, *, title: str = "", ax: Axes | None = 
 
 def _heat_map(matrix: Array, what: str, title: str, ax: Axes | None) -> Axes:
     """Cells of all pairs with a scale of colours beside; the diagonal is left out of the scale."""
-    ax = axes_for(ax, title, size=(5.8, 4.9))
+    # Cells are square: the constrained layout takes the room beside them for used, and cuts labels.
+    ax = axes_for(ax, title, size=(5.8, 4.9), layout="compressed")
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
 

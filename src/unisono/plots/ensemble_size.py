@@ -69,6 +69,7 @@ def subset_scores(
         >>> found.sizes, [round(float(np.mean(own)), 3) for own in found.scores]
         ((1, 2, 3), [0.667, 0.333, 1.0])
     """
+    outputs = outputs.detach() if isinstance(outputs, Tensor) else outputs
     n = outputs.shape[0] if outputs.ndim else 0
     if n == 0:
         raise ValueError(

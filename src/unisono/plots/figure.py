@@ -24,13 +24,24 @@ MOST_LINES: Final = 50
 """More members than that are a band or a faint cloud instead of lines."""
 
 
-def axes_for(ax: Axes | None, title: str, *, size: tuple[float, float] = (7, 4.2)) -> Axes:
+def axes_for(
+    ax: Axes | None,
+    title: str,
+    *,
+    size: tuple[float, float] = (7, 4.2),
+    layout: Literal["constrained", "compressed"] = "constrained",
+) -> Axes:
     """Return the axes to draw on: the given ones, or those of a new figure.
 
     Args:
         ax: What the user gave; None for a figure that pyplot knows nothing of.
         title: A line above; drawn as it is, without mathematics in it.
         size: Of the new figure, in inches.
+        layout: How the new figure finds room for labels.
+
+    Raises:
+        TypeError: If `ax` is something else, such as a figure.
+        MissingExtraError: If Matplotlib isn't installed.
     """
     require("matplotlib", extra="plots", purpose="a plot")
     if ax is not None:
@@ -45,7 +56,7 @@ def axes_for(ax: Axes | None, title: str, *, size: tuple[float, float] = (7, 4.2
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    figure = Figure(figsize=size, dpi=110, layout=layout)
     FigureCanvasAgg(figure)
     own: Axes = figure.subplots()
     own.grid(alpha=0.25)
@@ -57,20 +68,21 @@ def axes_for(ax: Axes | None, title: str, *, size: tuple[float, float] = (7, 4.2
 
 
 def legend(
-    ax: Axes, *, loc: Literal["best", "upper left"] = "best", title: str | None = None
+    ax: Axes, *, loc: Literal["best", "upper left"] = "best", columns: int = 1, title: str = ""
 ) -> None:
     """Add a legend that stays readable where it covers lines."""
     # A named place: the default one warns if it takes long.
-    made = ax.legend(loc=loc, frameon=True, framealpha=0.8, edgecolor="none")
+    made = ax.legend(loc=loc, ncols=columns, frameon=True, framealpha=0.8, edgecolor="none")
     if title:
         made.set_title(title)
+        made.set_alignment("left")
     for text in made.get_texts():
         text.set_parse_math(False)
 
 
 def faintness(members: int) -> float:
     """The opacity at which so many lines neither vanish nor hide what lies below them."""
-    return max(0.04, min(0.5, 5 / members))
+    return max(0.04, min(0.4, 8 / members))
 
 
 def to_png(plot: Axes | Figure) -> bytes:

@@ -101,7 +101,9 @@ def regression_band(
         ax.scatter(arrays["data[0]"], arrays["data[1]"], label="data", zorder=3, **points)
     ax.set_xlabel("input")
     ax.set_ylabel("prediction")
-    legend(ax)
+    bottom, top = ax.get_ylim()
+    ax.set_ylim(bottom, top + 0.3 * (top - bottom))  # room for the legend: data fill the rest
+    legend(ax, loc="upper left", columns=2)
     return ax
 
 

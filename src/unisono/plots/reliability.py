@@ -16,7 +16,7 @@ _CALL: Final = "reliability_diagram"
 _STRIP: Final = 0.18  # part of the axes' height that shows the counts
 
 
-class _Bins(NamedTuple):
+class AnswerBins(NamedTuple):
     """The answers of one classifier, put into bins of equal width by their probability."""
 
     counts: Array  # (bins,)
@@ -89,11 +89,11 @@ def reliability_diagram(
     _check(members, labels, whole, bins)
     ax = axes_for(ax, title, size=(5.6, 5.2))
     n = len(members)
-    ensemble = _bin(whole, labels, bins)
+    ensemble = bin_answers(whole, labels, bins)
     ax.plot([0, 1], [0, 1], color=GREY, ls=":", lw=1.2, label="ideal")
     if n > 1:
         errors = []
-        for own in (_bin(member, labels, bins) for member in members):
+        for own in (bin_answers(member, labels, bins) for member in members):
             errors.append(own.error)
             ax.plot(own.confidence, own.accuracy, color=BLUE, lw=0.9, alpha=faintness(n))
         label = f"{n} members, ECE {np.mean(errors):.3f} on average"
@@ -122,13 +122,14 @@ def _draw_counts(ax: Axes, counts: Array) -> None:
     strip.text(0.01, 0.93, text, transform=strip.transAxes, va="top", fontsize=8, color=GREY)
 
 
-def _bin(probabilities: Array, labels: Array, bins: int) -> _Bins:
+def bin_answers(probabilities: Array, labels: Array, bins: int) -> AnswerBins:
+    """Put each row into the bin ``((k - 1) / bins, k / bins]`` of its largest probability."""
     confidence = probabilities.max(-1)  # (B,)
     right = probabilities.argmax(-1) == labels
     place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     counts = np.bincount(place, minlength=bins)
     filled = np.where(counts > 0, counts, np.nan)
-    return _Bins(
+    return AnswerBins(
         counts,
         np.bincount(place, weights=confidence, minlength=bins) / filled,
         np.bincount(place, weights=right, minlength=bins) / filled,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from unisono.plots.arrays import Array, Values, checked
-from unisono.plots.figure import BLACK, BLUE, MOST_LINES, VERMILLION, axes_for, legend
+from unisono.plots.figure import BLACK, BLUE, MOST_LINES, VERMILLION, axes_for, faintness, legend
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -143,7 +143,7 @@ def _members(ax: Axes, values: Array, color: str, style: str, name: str) -> None
     if count > MOST_LINES:
         ax.fill_between(epochs, low, high, color=color, alpha=0.15, lw=0)
     elif count > 1:
-        ax.plot(epochs, values, color=color, lw=0.7, alpha=0.35, marker=marker)
+        ax.plot(epochs, values, color=color, lw=0.7, alpha=faintness(count), marker=marker)
     of = "the members that train" if np.isnan(values).any() else f"{count} members"
     label = f"{name}, mean of {of}" if count > 1 else name
     ax.plot(epochs, mean, color=color, lw=2, ls=style, marker=marker, label=label)
