@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from unisono.calibration import pool
+from unisono.combination import Combination
 from unisono.ensemble import Ensemble
 from unisono.evaluation.result import Evaluation, Task
 from unisono.evaluation.undisturbed import device_of, undisturbed
@@ -43,7 +45,8 @@ def evaluate(
     Classification gives ``accuracy``, ``nll`` (nats for each row), ``brier`` (summed over the
     classes, from 0 to 2) and ``ece`` (expected calibration error of the chosen class, 15 bins);
     regression ``rmse``, ``mae``, ``r2``, and ``nll`` if members return a mean and a variance. The
-    combined prediction is the mean of the probabilities, or the mixture of the Gaussians.
+    combined prediction is the mean of the probabilities, or the mixture of the Gaussians; members
+    are measured as they are.
 
     Memory doesn't grow with the data, and no minibatch waits for the device. The ensemble runs in
     eval mode without gradients; it and the global random state are afterwards as before, also
@@ -60,7 +63,8 @@ def evaluate(
         metrics: Name -> a metric of `torchmetrics`, or a function that makes one; each member has a
             copy of it, and the combined prediction another. It gets probabilities or means, and
             targets. What it keeps in memory is its own affair.
-        weights: One number per member, as for `combine.weighted`; equal ones by default.
+        weights: One number per member, as for `combine.weighted`. By default the weights and
+            temperatures of ``ens.combination``, or else equal weights.
         combine: Outputs of all members -> one prediction in the form that one member has, in place
             of the default. Uncertainty remains that of the mixture.
         convert: What the ensemble returns -> logits, predictions, or the pair; for models that
@@ -110,6 +114,8 @@ def evaluate(
         weights=weights,
     )
     place = device_of(ens) if device is None else torch.device(device)
+    if weights is None and combine is None:
+        weights, combine = ens.combination.weights, _tempered(ens.combination, task)
     own = None if weights is None else shares("evaluate", weights, torch.empty(len(ens))).to(place)
     measures = Measures(
         task,
@@ -140,6 +146,21 @@ def _batches(name: str, data: Any, batch_size: int | None, device: torch.device)
     rows = batch_size if isinstance(data, DataLoader) else batch_size or _BATCH_SIZE
     for batch in make_validation_batches(data, batch_size=rows, name=name):
         yield to_device(batch, device)
+
+
+def _tempered(fitted: Combination, task: Task) -> Combine | None:
+    """The combination of logits by temperatures that were fitted; None where there are none."""
+    has_none = fitted.temperatures is None and fitted.pooled_temperature is None
+    if has_none or task != "classification":
+        return None
+
+    def combine(logits: Tensor) -> Tensor:
+        pooled = pool(logits, weights=fitted.weights, temperatures=fitted.temperatures, dim=2)
+        if fitted.pooled_temperature is None:
+            return pooled
+        return pooled / fitted.pooled_temperature.to(pooled)
+
+    return combine
 
 
 def _inputs_of(batch: Any) -> Any:
