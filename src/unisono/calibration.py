@@ -221,8 +221,9 @@ def _fit(call: str, rows: Tensor, classes: Tensor) -> Tensor:
         for t in (HIGHEST, LOWEST)
     )
     at_low, at_high = (_slope(rows, index, u.exp())[0] for u in (low, high))
-    # Beyond the border the loss goes on falling.
-    low, high = torch.where(at_high < 0, high, low), torch.where(at_low > 0, low, high)
+    # Beyond the border the loss goes on falling, until it is zero to the last bit.
+    falling, rising = (at_high <= 0) & (at_low < 0), at_low > 0
+    low, high = torch.where(falling, high, low), torch.where(rising, low, high)
     u = torch.zeros_like(low).clamp(low, high)
     last = torch.full_like(u, torch.inf)
     for _ in range(_MOST_STEPS):
@@ -230,8 +231,9 @@ def _fit(call: str, rows: Tensor, classes: Tensor) -> Tensor:
         slope, curvature = _slope(rows, index, beta)
         low, high = torch.where(slope < 0, u, low), torch.where(slope > 0, u, high)
         newton = u - torch.where(slope == 0, 0.0, slope / (beta * curvature))
-        # Bisect where Newton leaves the bracket, or gains little.
-        good = (newton >= low) & (newton <= high) & (slope.abs() <= 0.5 * last)
+        # Bisect where Newton leaves the bracket, or gains little and isn't there yet.
+        gains = (slope.abs() <= 0.5 * last) | ((newton - u).abs() <= _CLOSE)
+        good = (newton >= low) & (newton <= high) & gains
         new = torch.where(good, newton, (low + high) / 2)
         done = (new - u).abs().amax() <= _CLOSE
         u, last = new, slope.abs()

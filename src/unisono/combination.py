@@ -121,7 +121,8 @@ class Combination(nn.Module):
         pooled = pool(logits, weights=self.weights, temperatures=self.temperatures, dim=dim)
         if self.pooled_temperature is not None:
             pooled = pooled / self.pooled_temperature.to(pooled)
-        return pooled.softmax(dim).to(logits.dtype)
+        # Counted from the end, an axis keeps its number when the members' goes.
+        return pooled.softmax(dim if dim < 0 else dim - logits.ndim).to(logits.dtype)
 
     def weighted(self, outputs: Tensor) -> Tensor:
         """Average outputs as they are: ``sum_i w[i] outputs[i]``, of numbers or probabilities.
@@ -176,19 +177,15 @@ class Combination(nn.Module):
                 of, to = (torch.tensor(list(i), device=tensor.device) for i in (src, dst))
                 tensor.index_copy_(0, to, tensor.index_select(0, of))
 
-    def make_room(
-        self, state_dict: Mapping[str, Any], prefix: str, *, strict: bool, device: torch.device
-    ) -> None:
+    def make_room(self, state_dict: Mapping[str, Any], prefix: str, device: torch.device) -> None:
         """Become what a state can be loaded into: it says what is set and what isn't.
 
         A state without weights, such as one from before they were fitted, is that of an ensemble
-        without: they are no longer set. Where it may lack names, so with ``strict=False``, they
-        stay.
+        without: they are no longer set.
 
         Args:
             state_dict: The state to load.
             prefix: What stands before the names in it.
-            strict: Whether it has to have all names.
             device: Where the ensemble lies.
         """
         for name in _NAMES:
@@ -196,7 +193,7 @@ class Combination(nn.Module):
             if isinstance(value, Tensor) and getattr(self, name) is None:
                 room = torch.empty(self._shape(name), dtype=value.dtype, device=device)
                 setattr(self, name, room)
-            elif value is None and strict:
+            elif value is None:
                 setattr(self, name, None)
 
     def extra_repr(self) -> str:

@@ -448,16 +448,13 @@ class Ensemble(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._followers = weakref.WeakSet()
 
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *rest: Any
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         # Here and not in `load_state_dict`, which isn't called for an ensemble inside a module.
-        tensors = named_tensors(self.members).values()
-        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
-        self.combination.make_room(
-            state_dict, f"{prefix}combination.", strict=strict, device=device
-        )
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *rest)
+        own = named_tensors(self.members)
+        if any(f"{prefix}members.{name}" in state_dict for name in own):
+            device = next(iter(own.values())).device
+            self.combination.make_room(state_dict, f"{prefix}combination.", device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         check_options(self.strategy, self.randomness, self.chunk_size, self.memory_limit)

@@ -252,7 +252,7 @@ def _candidates(
         return wide, lambda averages: member_losses(loss, averages, targets)
     _check_loss(call, loss, get_args(LossName))
     if loss == "squared_error":
-        numbers, true = held_out.number_rows(call, wide, targets)
+        numbers, true = held_out.number_rows(call, _exact(outputs), targets)
         return numbers, lambda averages: (averages - true).square().mean(1)
     rows, classes = held_out.class_rows(call, wide, targets, dim)
     if loss == "error":
