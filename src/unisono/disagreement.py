@@ -109,7 +109,8 @@ def disagreement_matrix(outputs: Tensor, *, dim: int = -1) -> Tensor:
         tensor([[0.0000, 0.2500],
                 [0.2500, 0.0000]])
     """
-    choices = _choices("uncertainty.disagreement_matrix", outputs, dim).flatten(1)  # (N, rows)
+    choices = _choices("uncertainty.disagreement_matrix", outputs, dim)
+    choices = choices.reshape(len(choices), choices.shape[1:].numel())  # (N, rows)
     # float32 stops counting at 2 ** 24.
     wide = torch.float32 if choices.device.type == "mps" else torch.float64
     votes = (choices >= 0).to(wide)

@@ -173,9 +173,10 @@ def regression(
         wide = torch.promote_types(wide, variance.dtype)
     w = None if weights is None else shares(call, weights, mean)
     # From member 0 on: where all agree the difference is exactly zero, however large the numbers.
-    offset = mean.to(wide) - mean[:1].to(wide)
+    first = mean.select(0, 0).to(wide)
+    offset = mean.to(wide) - first
     average = _mean(offset, w)
-    prediction = mean[0].to(wide) + average
+    prediction = first + average
     epistemic = _mean((offset - average).square(), w)
     aleatoric = torch.zeros_like(epistemic) if variance is None else _mean(variance.to(wide), w)
     found = (prediction, aleatoric + epistemic, aleatoric, epistemic)
