@@ -37,6 +37,13 @@ _OWN: Final[Mapping[Task, Mapping[str, Callable[[int], Metric]]]] = {
         "r2": lambda size: R2(),
     },
 }
+# Entropies are below 16 nats; variances may have any unit.
+_SCORES: Final[Mapping[Task, Mapping[str, int]]] = {
+    "classification": {"octaves": 32, "lowest": -28},
+    "regression": {"octaves": 128, "lowest": -64},
+}
+# As many bins for each member in both; of the combined prediction there is only one.
+_BITS: Final[Mapping[Task, int]] = {"classification": 10, "regression": 8}
 _ROW_MEANS: Final[Mapping[Task, tuple[str, ...]]] = {
     "classification": ("accuracy", "nll", "brier"),
     "regression": ("nll",),
@@ -79,8 +86,9 @@ class Measures:
         self._metrics |= {name: EachMember(name, metric, n + 1) for name, metric in metrics.items()}
         self._uncertainty = {False: RowMean(), True: RowMean()}
         self._rows = {False: 0, True: 0}
-        self._separation = Separation(3) if outside else None
-        self._own_separation = Separation(n) if outside else None
+        range_, bits = _SCORES[task], _BITS[task]
+        self._separation = Separation(3, bits=bits + 2, **range_) if outside else None
+        self._own_separation = Separation(n, bits=bits, **range_) if outside else None
         self._states_own = True
 
     def add(self, outputs: Any, targets: Any) -> None:
@@ -149,4 +157,5 @@ class Measures:
 
 def _read(metric: Metric) -> Tensor:
     found: Tensor = metric.compute()
-    return found.detach().to("cpu", torch.float64)
+    # torchmetrics makes a number of a tensor with one entry.
+    return found.detach().to("cpu", torch.float64).reshape(-1)

@@ -17,10 +17,6 @@ from torchmetrics import MeanAbsoluteError, MeanSquaredError, Metric
 from unisono.evaluation.readings import wide
 
 _CONFIDENCE_BINS: Final = 15
-# A float32 from 2**-64 to 2**64 cut off after 8 bits of its fraction: neighbours differ by 0.4 %.
-_CUT: Final = 23 - 8
-_LOWEST: Final = (127 - 64) << 8
-_SCORE_BINS: Final = 128 << 8
 
 
 class _Stacked(Metric):
@@ -166,28 +162,36 @@ class CalibrationError(_Stacked):
 class Separation(_Stacked):
     """Area under the ROC curve of scores that are to be larger for outsiders: P(outside > inside).
 
-    From counts in bins on a logarithmic scale: scores within 0.4 % of each other count as equal, by
-    one half. Scores are at least zero, such as entropies and variances.
+    From counts in bins on a logarithmic scale: scores in one bin count as equal, by one half. A bin
+    holds the float32 that are equal after so many bits of the fraction: 10 bits are 0.1 %.
 
     Args:
-        size: M, how many scores each row has.
+        size: M, how many scores each row has; they are at least zero.
+        bits: Of the fraction.
+        octaves: Bins are for scores from ``2**lowest`` to ``2**(lowest + octaves)``.
+        lowest: See ``octaves``.
     """
 
     inside: Tensor
     outside: Tensor
     broken: Tensor
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, bits: int, octaves: int, lowest: int) -> None:
         super().__init__()
         self.size = size
+        self.bits = bits
+        self.lowest = lowest
+        self.bins = octaves << bits
         for name in ("inside", "outside"):
-            self._sums(name, size * _SCORE_BINS, dtype=torch.int64)
+            self._sums(name, size * self.bins, dtype=torch.int64)
         self._sums("broken", size, dtype=torch.bool)
 
     def update(self, scores: Tensor, is_outside: bool) -> None:
         """Add scores (M, R) of rows that are all inside, or all outside."""
-        bits = scores.float().contiguous().view(torch.int32)  # in the order of the numbers
-        places = _places(((bits >> _CUT) - _LOWEST).clamp(0, _SCORE_BINS - 1).long(), _SCORE_BINS)
+        # The bits of a float32 are in the order of the numbers: 8 for the exponent, 23 behind it.
+        whole = scores.float().contiguous().view(torch.int32) >> (23 - self.bits)
+        bins = whole - ((127 + self.lowest) << self.bits)
+        places = _places(bins.clamp(0, self.bins - 1).long(), self.bins)
         name = "outside" if is_outside else "inside"
         counts = getattr(self, name)
         setattr(self, name, counts.scatter_add_(0, places, torch.ones_like(places)))
