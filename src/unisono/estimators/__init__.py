@@ -1,0 +1,21 @@
+"""Ensembles as scikit-learn estimators: `EnsembleClassifier` and `EnsembleRegressor`.
+
+Needs the extra ``sklearn``. ``import unisono`` doesn't import this package.
+"""
+
+from unisono.extras import require
+
+require("sklearn", extra="sklearn", purpose="unisono.estimators")
+
+# After `require`, so that a missing scikit-learn is one clear error.
+from unisono.estimators.classifier import EnsembleClassifier  # noqa: E402
+from unisono.estimators.networks import GaussianMLP, Standardise, TabularMLP  # noqa: E402
+from unisono.estimators.regressor import EnsembleRegressor  # noqa: E402
+
+__all__ = [
+    "EnsembleClassifier",
+    "EnsembleRegressor",
+    "GaussianMLP",
+    "Standardise",
+    "TabularMLP",
+]

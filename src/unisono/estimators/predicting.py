@@ -1,0 +1,64 @@
+"""Outputs of all members for many rows, chunk after chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unisono.ensemble import Ensemble
+from unisono.estimators.moments import Array
+
+_ELEMENTS: Final = 2**20  # of the widest activation of all members: it stays in a core's cache
+
+
+def predict_rows(
+    ens: Ensemble, x: Array, what: Callable[[Any], Sequence[Tensor]]
+) -> tuple[Array, ...]:
+    """Take ``what(ens(x))`` for all rows.
+
+    Args:
+        ens: The ensemble, in eval mode.
+        x: The rows.
+        what: Outputs of all members for some rows -> results, with the rows on axis 0.
+
+    Returns:
+        The results for all rows.
+
+    Shape:
+        - x: (B, F)
+        - what: (N, b, *) -> (b, *) each
+        - returns: (B, *) each
+    """
+    parameter = next(ens.parameters())
+    size = rows_at_once(ens, x.shape[1])
+    found: list[Array] = []
+    with torch.inference_mode():
+        for start in range(0, len(x), size):
+            rows = torch.from_numpy(np.require(x[start : start + size], requirements=["C", "W"]))
+            outputs = ens(rows.to(device=parameter.device, dtype=parameter.dtype))
+            results = [result.cpu().numpy() for result in what(outputs)]
+            if not found:
+                found = [np.empty((len(x), *own.shape[1:]), own.dtype) for own in results]
+            for whole, own in zip(found, results, strict=True):
+                whole[start : start + size] = own
+    return tuple(found)
+
+
+def rows_at_once(ens: Ensemble, n_features: int) -> int:
+    """How many rows a call of the ensemble takes.
+
+    Args:
+        ens: The ensemble.
+        n_features: Columns of a row.
+    """
+    own = [p.shape if name in ens.shared else p.shape[1:] for name, p in _parameters(ens)]
+    widest = max([n_features, *(shape[0] for shape in own if len(shape))])
+    return max(64, _ELEMENTS // (len(ens) * widest))
+
+
+def _parameters(ens: Ensemble) -> list[tuple[str, Tensor]]:
+    return list(ens.members.named_parameters())
