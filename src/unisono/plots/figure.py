@@ -20,6 +20,8 @@ ORANGE: Final = "#E69F00"
 BLACK: Final = "#000000"
 GREY: Final = "#595959"
 
+Layout = Literal["constrained", "compressed"]
+
 MOST_LINES: Final = 50
 """More members than that are a band or a faint cloud instead of lines."""
 
@@ -29,7 +31,7 @@ def axes_for(
     title: str,
     *,
     size: tuple[float, float] = (7, 4.2),
-    layout: Literal["constrained", "compressed"] = "constrained",
+    layout: Layout = "constrained",
 ) -> Axes:
     """Return the axes to draw on: the given ones, or those of a new figure.
 
@@ -53,26 +55,55 @@ def axes_for(
         if title:
             ax.set_title(title, parse_math=False)
         return ax
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, dpi=110, layout=layout)
-    FigureCanvasAgg(figure)
-    own: Axes = figure.subplots()
-    own.grid(alpha=0.25)
-    own.set_axisbelow(True)
-    own.spines[["top", "right"]].set_visible(False)
+    own = new_axes(size=size, layout=layout)
     if title:  # about ten letters to the inch
         own.set_title(textwrap.fill(title, int(10 * size[0]) - 8), parse_math=False)
     return own
 
 
+def new_axes(
+    *, size: tuple[float, float], layout: Layout = "constrained", dpi: float = 110
+) -> Axes:
+    """Make a figure that pyplot knows nothing of, and return its axes.
+
+    Args:
+        size: In inches.
+        layout: How it finds room for labels.
+        dpi: Pixels in an inch of a PNG file.
+    """
+    require("matplotlib", extra="plots", purpose="a plot")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=dpi, layout=layout)
+    FigureCanvasAgg(figure)
+    own: Axes = figure.subplots()
+    own.grid(alpha=0.25)
+    own.set_axisbelow(True)
+    own.spines[["top", "right"]].set_visible(False)
+    return own
+
+
 def legend(
-    ax: Axes, *, loc: Literal["best", "upper left"] = "best", columns: int = 1, title: str = ""
+    ax: Axes,
+    *,
+    loc: Literal["best", "upper left"] = "best",
+    bottom: float = 0.0,
+    columns: int = 1,
+    title: str = "",
 ) -> None:
-    """Add a legend that stays readable where it covers lines."""
+    """Add a legend that stays readable where it covers lines.
+
+    Args:
+        ax: Where to.
+        loc: Where in the axes.
+        bottom: How much of the axes' height is not for it.
+        columns: Of the entries.
+        title: Above them.
+    """
     # A named place: the default one warns if it takes long.
-    made = ax.legend(loc=loc, ncols=columns, frameon=True, framealpha=0.8, edgecolor="none")
+    place = (0, bottom, 1, 1 - bottom)
+    made = ax.legend(loc=loc, bbox_to_anchor=place, ncols=columns, framealpha=0.8, edgecolor="none")
     if title:
         made.set_title(title)
         made.set_alignment("left")

@@ -72,7 +72,8 @@ def uncertainty_histogram(
         ax.stairs(share, edges, fill=True, label=f"{name}, {rows}", **style)
     ax.set_xlabel(what, parse_math=False)
     ax.set_ylabel("share of the rows of its kind")
-    ax.set_ylim(bottom=0)
+    highest = max(area.get_data().values.max() for area in ax.patches)
+    ax.set_ylim(0, 1.3 * highest)  # room for the legend
     legend(ax, title=f"AUROC {_auroc(near, far):.3f}")
     return ax
 

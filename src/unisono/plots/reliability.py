@@ -104,7 +104,7 @@ def reliability_diagram(
     ax.set(xlim=(0, 1), ylim=(-_STRIP / (1 - _STRIP) - 0.06, 1.03), yticks=np.linspace(0, 1, 6))
     ax.set_xlabel("probability of the answer")
     ax.set_ylabel("share of right answers")
-    legend(ax, loc="upper left")
+    legend(ax, bottom=_STRIP + 0.02)
     _draw_counts(ax, ensemble.counts)
     return ax
 
