@@ -99,7 +99,7 @@ class NumberReader:
     def _parts(self, outputs: Any, what: str) -> tuple[Tensor, Tensor | None]:
         """Mean and variance, in the widest dtype."""
         if not (isinstance(outputs, tuple | list) and len(outputs) == 2):
-            mean = check_tensor(f"{what}, or a pair of mean and variance,", outputs, _CONVERT)
+            mean = check_tensor(f"{what}, if no pair of mean and variance,", outputs, _CONVERT)
             return self._real(what, mean), None
         mean, variance = (
             self._real(

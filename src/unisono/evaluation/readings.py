@@ -58,7 +58,7 @@ def check_tensor(what: str, found: Any, remedy: str) -> Tensor:
     if isinstance(found, Tensor):
         return found
     kind = type(found).__name__
-    raise TypeError(f"evaluate: {what} is one tensor, got {kind}; {remedy}")
+    raise TypeError(f"evaluate: expected {what} to be one tensor, got {kind}; {remedy}")
 
 
 def check_members(name: str, tensor: Tensor, n: int) -> None:
