@@ -14,9 +14,14 @@ from unisono.cli import main
 
 SOURCE = Path(__file__).parents[1] / "src"
 TRAIN_OPTIONS = (
-    "data model members epochs seed lr batch-size device out sampling patience"
+    "data target task test-share categorical drop model members epochs seed lr batch-size"
+    " device out sampling patience"
     " checkpoint-every resume json"
 )
+FILES = [
+    *("curves.png", "disagreement.png", "metrics.json"),
+    *("plan.json", "run.json", "test_outputs.safetensors"),
+]
 QUICK = ["train", "--data", "digits", "--members", "2", "--epochs", "1", "--batch-size", "256"]
 TINY_BENCH = ["bench", "--members", "2", "--batch", "4", "--hidden", "8", "--rounds", "2"]
 
@@ -53,11 +58,7 @@ def test_train_prints_a_table_and_writes_both_files(capsys, tmp_path):
     for row in ("member 0", "member 1", "mean of the members", "ensemble, mean probability"):
         assert row in out
     assert "ensemble, vote" in out
-    assert sorted(os.listdir(tmp_path / "run")) == [
-        "curves.png",
-        "disagreement.png",
-        "metrics.json",
-    ]
+    assert sorted(os.listdir(tmp_path / "run")) == sorted(FILES)
     assert err.startswith("epoch 1/1  loss ")
     assert max(map(len, out.splitlines())) <= 80
 
@@ -105,6 +106,8 @@ def test_without_a_command_the_help_is_printed(capsys):
     [
         ("train", TRAIN_OPTIONS),
         ("bench", "members batch hidden rounds threads device json"),
+        ("predict", "input output keep unseen model device"),
+        ("report", "out open"),
     ],
 )
 def test_help_names_every_option(capsys, monkeypatch, command, options):
@@ -118,7 +121,10 @@ def test_help_names_every_option(capsys, monkeypatch, command, options):
 # Wrong arguments ----------------------------------------------------------------------------------
 
 WRONG = [
-    ("train --data mnits", "unknown data 'mnits'; choose mnist5k or digits"),
+    (
+        "train --data mnits",
+        "unknown data 'mnits'; choose mnist5k or digits or file.csv or file.parquet",
+    ),
     ("train --members -3", "--members must be at least 1, got -3"),
     ("train --members 0", "--members must be at least 1, got 0"),
     ("train --epochs 0", "--epochs must be at least 1, got 0"),
@@ -317,7 +323,7 @@ def test_ctrl_c_keeps_the_results_of_an_earlier_run(capsys, monkeypatch, tmp_pat
     assert (code, out) == (130, "")
     assert err.splitlines()[-1] == "unisono train: interrupted; nothing was written"
     assert (tmp_path / "runs/digits/metrics.json").read_bytes() == before
-    assert len(os.listdir(tmp_path / "runs/digits")) == 3
+    assert sorted(os.listdir(tmp_path / "runs/digits")) == sorted(FILES)
 
 
 def test_ctrl_c_during_the_bench(capsys, monkeypatch):

@@ -4,9 +4,12 @@ import json
 import math
 
 import pytest
+import torch
 from rich.console import Console
 
+from unisono.commands.data import LOADERS
 from unisono.commands.outcome import ArgumentError
+from unisono.commands.run_folder import PLAN, RUN, TEST_OUTPUTS, RunFolder
 from unisono.commands.train import CURVES, METRICS, PICTURE, SWEEP, TrainRequest, run_train
 
 KEYS = {
@@ -110,7 +113,8 @@ def test_the_notes_name_who_stopped(tmp_path):
         or "stopped early" in (report.notes[0])
     )
     assert report.metrics["lr"] == [1e30, 0.1, 0.01, 0.3]
-    assert {file.name for file in report.files} == {METRICS, PICTURE, CURVES, SWEEP}
+    files = {file.name for file in report.files}
+    assert files == {METRICS, PICTURE, CURVES, SWEEP, RUN, TEST_OUTPUTS, PLAN}
 
 
 def test_a_run_is_taken_up_where_it_stood(tmp_path):
@@ -131,3 +135,21 @@ def test_a_run_is_taken_up_where_it_stood(tmp_path):
 def test_resume_without_a_checkpoint(tmp_path):
     with pytest.raises(ArgumentError, match=r"--resume: there is no .*; leave --resume out"):
         train(tmp_path, resume=True)
+
+
+def test_the_run_keeps_what_every_member_says(tmp_path):
+    metrics = train(tmp_path).metrics
+    run = RunFolder(tmp_path)
+    about = run.description
+    assert (about.kind, about.task, about.data) == ("images", "classification", "digits")
+    assert about.classes == tuple(range(10))
+    assert run.metrics() == metrics
+    found = run.test_outputs()
+    assert found.outputs.shape == (3, metrics["test_images"], 10)
+    assert found.rows.tolist() == list(range(metrics["test_images"]))
+    right = (found.outputs.argmax(-1) == found.targets).double().mean(-1)
+    assert right.tolist() == metrics["accuracy"]["members"]
+    split = LOADERS["digits"]()
+    torch.testing.assert_close(found.inputs / 255, split.test_images, atol=1 / 255, rtol=0)
+    assert run.plan()["strategy"] == "fused"
+    assert run.test_table() is None

@@ -13,17 +13,23 @@ from rich.progress import Progress
 
 from unisono.commands.arguments import at_least, choose_device
 from unisono.commands.bench import OPTIONS, BenchSettings, run_bench
+from unisono.commands.outcome import ArgumentError
+from unisono.commands.predict import PredictRequest, run_predict
+from unisono.commands.report import run_report
+from unisono.commands.table_files import STANDARD, is_table
 from unisono.commands.tables import bench_table
-from unisono.commands.train import TrainRequest, run_train
+from unisono.commands.train import TrainReport, TrainRequest, run_train
+from unisono.commands.train_table import TableRequest, run_train_table
 
 app = typer.Typer(
     name="unisono",
-    help="N PyTorch models as one module: train an ensemble, measure its speed.",
+    help="N PyTorch models as one module: train an ensemble, predict with it, look at it.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 _DEFAULT = TrainRequest()
+_TABLE = TableRequest()
 
 Device = Annotated[
     str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...; auto: cuda where there is one.")
@@ -41,21 +47,58 @@ def _root(context: typer.Context) -> None:
 
 @app.command()
 def train(
-    data: Annotated[str, typer.Option(help="mnist5k or digits.")] = _DEFAULT.data,
+    data: Annotated[
+        str, typer.Option(help="mnist5k, digits, or a table: file.csv or file.parquet.")
+    ] = _DEFAULT.data,
+    target: Annotated[
+        str | None, typer.Option(help="Tables: the column to predict.", show_default=False)
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="Tables: classification or regression.", show_default=False),
+    ] = None,
+    test_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Tables: part of the rows to test on.", show_default=f"{_TABLE.test_share:g}"
+        ),
+    ] = None,
+    categorical: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Tables: a column of whole numbers that are categories; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    drop: Annotated[
+        list[str] | None,
+        typer.Option(help="Tables: a column to leave out; may be repeated.", show_default=False),
+    ] = None,
     model: Annotated[
         str,
         typer.Option(
-            help="mlp, cnn or package.module:factory, a function that takes no argument "
-            "and returns a module from images (B, 1, height, width) to logits (B, classes)."
+            help="mlp, cnn (images only) or package.module:factory. For images a function "
+            "without argument that returns a module from images (B, 1, height, width) to logits "
+            "(B, classes); for tables a function of the numbers of features and outputs."
         ),
     ] = _DEFAULT.model,
     members: Annotated[
         int | None,
         typer.Option(help="Number of models.", show_default="10, or one for each --lr"),
     ] = _DEFAULT.members,
-    epochs: Annotated[int, typer.Option(help="Passes over the images.")] = _DEFAULT.epochs,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            help="Passes over the data.",
+            show_default=f"{_DEFAULT.epochs}; tables: {_TABLE.epochs}",
+        ),
+    ] = None,
     seed: Annotated[
-        int, typer.Option(help="Member i starts from seed + i; the test images never change.")
+        int,
+        typer.Option(
+            help="Images: member i starts from seed + i, the test images never change. "
+            "Tables: all randomness, that of the test rows too, follows from it."
+        ),
     ] = _DEFAULT.seed,
     lr: Annotated[
         list[str],
@@ -64,49 +107,103 @@ def train(
             "log:1e-4:1e-1 spreads the members' rates over that range."
         ),
     ] = list(_DEFAULT.lr),  # noqa: B006 - typer copies it; it takes no tuple here
-    batch_size: Annotated[int, typer.Option(help="Images per step.")] = _DEFAULT.batch_size,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Images or rows per step.",
+            show_default=f"{_DEFAULT.batch_size}; tables: {_TABLE.batch_size}",
+        ),
+    ] = None,
     device: Device = _DEFAULT.device,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the results.", show_default="runs/<data>")
     ] = None,
     sampling: Annotated[
         str,
-        typer.Option(help="Which images each member sees: shared, shuffled, bootstrap or folds."),
+        typer.Option(
+            help="Which images or rows each member sees: shared, shuffled, bootstrap or folds."
+        ),
     ] = _DEFAULT.sampling,
     patience: Annotated[
         int | None,
         typer.Option(
-            help="Keep an eighth of the images for validation, stop each member after so many "
-            "epochs without improvement, and take its best weights.",
-            show_default="all epochs",
+            help="Keep an eighth of the images, a tenth of the rows, for validation, stop each "
+            "member after so many epochs without improvement, and take its best weights.",
+            show_default=f"all epochs; tables: {_TABLE.patience}, 0 for all epochs",
         ),
     ] = None,
     checkpoint_every: Annotated[
         int | None,
-        typer.Option(help="Epochs between two checkpoints in the folder.", show_default="none"),
+        typer.Option(
+            help="Images: epochs between two checkpoints in the folder.", show_default="none"
+        ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the checkpoint in the folder.")
+        bool, typer.Option("--resume", help="Images: go on from the checkpoint in the folder.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train N models at once on real images; score members and ensemble."""
-    request = TrainRequest(
-        data,
-        model,
-        members,
-        epochs,
-        seed,
-        tuple(lr),
-        batch_size,
-        device,
-        out,
-        sampling,
-        patience,
-        checkpoint_every,
-        resume,
-    )
-    report = run_train(request, Console(stderr=True))
+    """Train N models at once on images or on a table; score members and ensemble."""
+    progress = Console(stderr=True)
+    if is_table(data):
+        _refuse({"--checkpoint-every": checkpoint_every, "--resume": resume}, f"{data} is a table")
+        report = run_train_table(
+            TableRequest(
+                Path(data),
+                target,
+                task,
+                test_share=_TABLE.test_share if test_share is None else test_share,
+                categorical=tuple(categorical or ()),
+                drop=tuple(drop or ()),
+                model=model,
+                members=members,
+                epochs=_TABLE.epochs if epochs is None else epochs,
+                seed=seed,
+                lr=tuple(lr),
+                batch_size=_TABLE.batch_size if batch_size is None else batch_size,
+                device=device,
+                out=out,
+                sampling=sampling,
+                patience=_TABLE.patience if patience is None else patience,
+            ),
+            progress,
+        )
+    else:
+        of_tables = {
+            "--target": target,
+            "--task": task,
+            "--test-share": test_share,
+            "--categorical": categorical,
+            "--drop": drop,
+        }
+        _refuse(of_tables, f"{data} is no .csv or .parquet file")
+        request = TrainRequest(
+            data,
+            model,
+            members,
+            _DEFAULT.epochs if epochs is None else epochs,
+            seed,
+            tuple(lr),
+            _DEFAULT.batch_size if batch_size is None else batch_size,
+            device,
+            out,
+            sampling,
+            patience,
+            checkpoint_every,
+            resume,
+        )
+        report = run_train(request, progress)
+    _print_training(report, as_json)
+
+
+def _refuse(options: dict[str, Any], why: str) -> None:
+    """Raise if an option was given that means nothing here."""
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise ArgumentError(f"{', '.join(given)}: not for this data, {why}")
+
+
+def _print_training(report: TrainReport, as_json: bool) -> None:
     if as_json:
         _print_json(report.metrics)
         return
@@ -119,6 +216,68 @@ def train(
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="The folder that unisono train wrote.")],
+    input_file: Annotated[
+        str, typer.Option("--input", help="The rows: file.csv, file.parquet, or - for CSV.")
+    ],
+    output_file: Annotated[
+        str, typer.Option("--output", help="Where to: file.csv, file.parquet, or - for CSV.")
+    ],
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A column of the input to put before the results; may be repeated; "
+            "all for all of them.",
+            show_default="none",
+        ),
+    ] = None,
+    unseen: Annotated[
+        str,
+        typer.Option(
+            help="error or ignore: what to do with categories, and missing values in columns, "
+            "that training never saw."
+        ),
+    ] = "error",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="The package.module:factory of the training, if it had one.", show_default=False
+        ),
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Predict every row of a table, with the uncertainty; in constant memory."""
+    request = PredictRequest(run, input_file, output_file, tuple(keep or ()), unseen, model, device)
+    report = run_predict(request, Console(stderr=True))
+    console = Console(stderr=output_file == STANDARD)
+    speed = report.rows / max(report.seconds, 1e-9)
+    lines = [
+        *report.notes,
+        f"predicted {report.rows:,} rows in {report.seconds:.1f} s ({speed:,.0f} a second)",
+    ]
+    lines += [] if output_file == STANDARD else [f"wrote {output_file}"]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="The folder that unisono train wrote.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The file to write.", show_default="report.html in the folder"),
+    ] = None,
+    browser: Annotated[bool, typer.Option("--open", help="Show it in the web browser.")] = False,
+) -> None:
+    """Write one HTML file about a run: data, scores, plots, uncertain examples."""
+    path = run_report(run, out)
+    Console().print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+    if browser:
+        typer.launch(str(path))
 
 
 @app.command()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 import torch
 
@@ -17,6 +18,8 @@ from unisono.commands.outcome import ArgumentError
 # `torch.manual_seed` takes, whatever the number of members.
 _SEED_LIMIT = 2**62
 _MEMBERS = 10
+
+SAMPLINGS: Final = ("shared", "shuffled", "bootstrap", "folds")
 
 
 def at_least(option: str, value: int, minimum: int = 1) -> int:
@@ -50,6 +53,17 @@ def check_seed(value: int) -> int:
     """
     if not 0 <= value < _SEED_LIMIT:
         raise ArgumentError(f"--seed must be from 0 to 2**62 - 1, got {value}")
+    return value
+
+
+def check_share(option: str, value: float) -> float:
+    """Return `value` if it is a part that leaves something.
+
+    Raises:
+        ArgumentError: If it isn't between 0 and 1.
+    """
+    if not 0 < value < 1:
+        raise ArgumentError(f"{option} must be between 0 and 1, got {value:g}")
     return value
 
 

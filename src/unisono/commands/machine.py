@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 from pathlib import Path
@@ -26,6 +27,19 @@ def describe_machine(device: torch.device) -> dict[str, str | int | None]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def package_versions(*packages: str) -> dict[str, str]:
+    """Return the versions of Python, unisono and these packages.
+
+    Example:
+        >>> sorted(package_versions("torch"))
+        ['python', 'torch', 'unisono']
+    """
+    from unisono import __version__
+
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"unisono": __version__, "python": platform.python_version(), **found}
 
 
 def cpu_name() -> str:

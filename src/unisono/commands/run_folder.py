@@ -72,14 +72,16 @@ class TestOutputs:
     """What every member says about the test rows.
 
     Args:
-        outputs: Logits; for regression mean and log-variance, in the target's unit.
+        outputs: Logits; for regression mean and log-variance, or the mean alone, in the
+            target's unit.
         targets: Index of the class (int64), or the value (float64).
         rows: For a table the row of its file, 1 for the first below the header; for images
             the index among the test images.
         inputs: Test images (uint8), if the run keeps them.
 
     Shape:
-        - outputs: ``(N, B, C)``, or ``(N, B, 2)`` for regression
+        - outputs: ``(N, B, C)``; ``(N, B, 2)`` for regression, ``(N, B, 1)`` for members that
+          predict points
         - targets, rows: ``(B,)``
         - inputs: ``(B, 1, height, width)``
     """
@@ -150,7 +152,7 @@ class RunFolder:
             self._files = {str(name): str(digest) for name, digest in values["files"].items()}
             self.description = _description(values)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise self._damaged(RUN, f"{type(error).__name__}: {error}") from error
+            raise self.damaged(RUN, f"{type(error).__name__}: {error}") from error
 
     def has(self, name: str) -> bool:
         """Say whether the run has a file of this name."""
@@ -170,7 +172,7 @@ class RunFolder:
         try:
             return safetensors.torch.load(content)
         except (SafetensorError, ValueError, KeyError) as error:
-            raise self._damaged(name, f"not safetensors: {error}") from error
+            raise self.damaged(name, f"not safetensors: {error}") from error
 
     def test_outputs(self) -> TestOutputs:
         """What every member says about the test rows."""
@@ -183,11 +185,11 @@ class RunFolder:
                 tensors.get("test_inputs"),
             )
         except KeyError as error:
-            raise self._damaged(TEST_OUTPUTS, f"it has no tensor {error}") from error
+            raise self.damaged(TEST_OUTPUTS, f"it has no tensor {error}") from error
         sizes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         rows = len(found.targets) if found.targets.ndim == 1 else -1
         if found.outputs.ndim != 3 or found.outputs.shape[1] != rows or len(found.rows) != rows:
-            raise self._damaged(TEST_OUTPUTS, f"shapes that don't belong together: {sizes}")
+            raise self.damaged(TEST_OUTPUTS, f"shapes that don't belong together: {sizes}")
         return found
 
     def test_table(self) -> Table | None:
@@ -200,7 +202,7 @@ class RunFolder:
         try:
             return from_parquet(content)
         except ValueError as error:
-            raise self._damaged(TEST_TABLE, str(error)) from error
+            raise self.damaged(TEST_TABLE, str(error)) from error
 
     def preprocessing(self) -> ColumnTransformer:
         """The fitted preprocessing, columns to features."""
@@ -210,7 +212,7 @@ class RunFolder:
         try:
             return from_skops(content, num_columns=len(self.description.columns))
         except ValueError as error:
-            raise self._damaged(PREPROCESSING, str(error)) from error
+            raise self.damaged(PREPROCESSING, str(error)) from error
 
     def content(self, name: str) -> bytes:
         """Read a file and compare it with what ``run.json`` says about it.
@@ -219,10 +221,10 @@ class RunFolder:
             ArgumentError: If it is missing or another one.
         """
         if name not in self._files:
-            raise self._damaged(RUN, f"it names no {name}")
+            raise self.damaged(RUN, f"it names no {name}")
         content = self._bytes(name)
         if _digest(content) != self._files[name]:
-            raise self._damaged(
+            raise self.damaged(
                 name,
                 f"it isn't the file that {RUN} describes: cut off, changed or of another run "
                 f"({len(content):,} bytes)",
@@ -239,12 +241,13 @@ class RunFolder:
         try:
             values = json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise self._damaged(name, f"not JSON: {error}") from error
+            raise self.damaged(name, f"not JSON: {error}") from error
         if not isinstance(values, dict):
-            raise self._damaged(name, f"a JSON object is expected, found {type(values).__name__}")
+            raise self.damaged(name, f"a JSON object is expected, found {type(values).__name__}")
         return values
 
-    def _damaged(self, name: str, what: str) -> ArgumentError:
+    def damaged(self, name: str, what: str) -> ArgumentError:
+        """The error about a file of the run that can't be used."""
         return ArgumentError(
             f"{self.path / name} can't be used: {what}; train again, or take an undamaged copy"
         )

@@ -10,13 +10,18 @@ from rich.table import Table
 from unisono.commands.metrics import Scores
 
 _NOTE = (
-    "NLL: negative log-likelihood per image, in nats; for the vote, of the shares of the "
+    "NLL: negative log-likelihood per {}, in nats; for the vote, of the shares of the "
     "votes with one more, even vote"
 )
 
 
 def score_table(
-    title: str, accuracy: Scores, nll: Scores, *, rates: Sequence[float] | None = None
+    title: str,
+    accuracy: Scores,
+    nll: Scores,
+    *,
+    rates: Sequence[float] | None = None,
+    of: str = "image",
 ) -> Table:
     """Lay out the scores: every member, their mean, and the ensemble in both ways.
 
@@ -25,11 +30,13 @@ def score_table(
         accuracy: Parts of 1.
         nll: Nats.
         rates: The members' learning rates, if they are to be told.
+        of: What was answered, for the note below.
 
     Returns:
         The table, 80 columns wide at most.
     """
-    table = Table(title=title, caption=_NOTE, title_justify="left", caption_justify="left")
+    note = _NOTE.format(of)
+    table = Table(title=title, caption=note, title_justify="left", caption_justify="left")
     table.add_column("")
     table.add_column("accuracy", justify="right")
     table.add_column("NLL", justify="right")

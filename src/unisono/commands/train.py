@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from unisono.commands.arguments import (
+    SAMPLINGS,
     at_least,
     check_choice,
     check_seed,
@@ -23,22 +24,22 @@ from unisono.commands.arguments import (
 from unisono.commands.data import LOADERS, Split
 from unisono.commands.disagreement import DividedImage, most_divided
 from unisono.commands.files import OutputFolder
+from unisono.commands.image_run import image_run
 from unisono.commands.learning import Settings, Trained, train_classifier
 from unisono.commands.metrics import Scores, accuracy, negative_log_likelihood
 from unisono.commands.models import MakeModel, choose_factory, describe
 from unisono.commands.outcome import ArgumentError, Interrupted
 from unisono.commands.progress import report_progress
+from unisono.commands.run_folder import CURVES as CURVES
+from unisono.commands.run_folder import METRICS as METRICS
 from unisono.commands.tables import score_table
 from unisono.errors import CheckpointError, IncompatibleMembersError, UnsupportedModelError
 from unisono.extras import require
-from unisono.training.history import Stop
+from unisono.training.history import History, Stop
 
-METRICS: Final = "metrics.json"
 PICTURE: Final = "disagreement.png"
-CURVES: Final = "curves.png"
 SWEEP: Final = "sweep.png"
 CHECKPOINT: Final = "checkpoint.safetensors"
-_SAMPLINGS: Final = ("shared", "shuffled", "bootstrap", "folds")
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,8 @@ def check_request(request: TrainRequest) -> Settings:
     Raises:
         ArgumentError: For the first value that can't be used.
     """
-    check_choice("data", request.data, LOADERS)
-    check_choice("sampling", request.sampling, _SAMPLINGS)
+    check_choice("data", request.data, (*LOADERS, "file.csv", "file.parquet"))
+    check_choice("sampling", request.sampling, SAMPLINGS)
     rates = parse_rates(request.lr, request.members)
     every = request.checkpoint_every
     keeps = every is not None or request.resume
@@ -200,10 +201,11 @@ def _train_into(
     what = f"{settings.members} {models} ({request.model}) on {request.data}"
     content = (json.dumps(metrics, indent=2, allow_nan=False) + "\n").encode()
     pictures = _draw(divided, split, settings, trained, right, what)
-    files = folder.write({**pictures, METRICS: content})
+    contents = {**pictures, METRICS: content}
+    files = folder.write(image_run(request.data, request.model, split, trained, contents))
     title = f"{what}, {len(labels):,} test images"
     table = score_table(title, right, surprise, rates=_own_rates(settings))
-    return TrainReport(metrics, table, files, seconds, _notes(trained))
+    return TrainReport(metrics, table, files, seconds, stop_notes(trained.history))
 
 
 def _own_rates(settings: Settings) -> tuple[float, ...] | None:
@@ -211,8 +213,9 @@ def _own_rates(settings: Settings) -> tuple[float, ...] | None:
     return settings.rates if len(set(settings.rates)) > 1 else None
 
 
-def _notes(trained: Trained) -> list[str]:
-    stopped = trained.history.stopped
+def stop_notes(history: History) -> list[str]:
+    """Say which members stopped before the last epoch, and why."""
+    stopped = history.stopped
     texts: dict[Stop, str] = {
         "patience": "stopped early",
         "not finite": "were frozen, their loss was not finite",

@@ -1,0 +1,59 @@
+"""What a run on images keeps for ``unisono report``, beside its scores and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+import torch
+
+from unisono.commands.data import Split
+from unisono.commands.learning import Trained
+from unisono.commands.machine import package_versions
+from unisono.commands.run_folder import (
+    PLAN,
+    TEST_OUTPUTS,
+    Description,
+    TestOutputs,
+    pack,
+    pack_outputs,
+    to_json,
+)
+
+_PLANNED: Final = 64  # images of the call that the plan is of
+
+
+def image_run(
+    data: str, model: str, split: Split, trained: Trained, contents: Mapping[str, bytes]
+) -> dict[str, bytes]:
+    """Complete the files of a run on images.
+
+    Args:
+        data: Name of the set of images.
+        model: As on the command line.
+        split: The images.
+        trained: What the training left.
+        contents: File name -> content of scores and pictures.
+
+    Returns:
+        All files of the run, with the members' logits and the images of the test.
+    """
+    outputs = TestOutputs(
+        outputs=trained.logits.float(),
+        targets=split.test_labels,
+        rows=torch.arange(len(split.test_labels)),
+        inputs=(split.test_images * 255).round().to(torch.uint8),
+    )
+    device = next(trained.ensemble.parameters()).device
+    with torch.no_grad():
+        plan = trained.ensemble.explain(split.test_images[:_PLANNED].to(device))
+    description = Description(
+        kind="images",
+        task="classification",
+        data=data,
+        classes=tuple(range(split.classes)),
+        model=model,
+        versions=package_versions("torch", "numpy"),
+    )
+    more = {TEST_OUTPUTS: pack_outputs(outputs), PLAN: to_json(plan.to_dict())}
+    return pack(description, {**contents, **more})
