@@ -56,9 +56,10 @@ class EnsembleEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn is
         learning_rate: float | Sequence[float] = 1e-3,
         weight_decay: float | Sequence[float] = 1e-2,
         batch_size: int = 64,
-        max_epochs: int = 200,
+        max_epochs: int = 100,
         validation_fraction: float = 0.1,
-        patience: int | None = 15,
+        patience: int | None = 10,
+        min_delta: float = 2e-3,
         random_state: Any = None,
         device: str | torch.device = "cpu",
         dtype: str | None = None,
@@ -76,6 +77,7 @@ class EnsembleEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn is
         self.max_epochs = max_epochs
         self.validation_fraction = validation_fraction
         self.patience = patience
+        self.min_delta = min_delta
         self.random_state = random_state
         self.device = device
         self.dtype = dtype

@@ -50,6 +50,7 @@ class EnsembleClassifier(ClassifierMixin, EnsembleEstimator):  # type: ignore[mi
             that makes fewer than 10 rows, none is held out and all epochs are trained.
         patience: Epochs without improvement after which a member stops; None to hold out nothing
             and train all epochs.
+        min_delta: How much lower the loss on held-out rows has to be to count as an improvement.
         random_state: An integer for the same numbers each time, to the last bit on one machine with
             one number of threads. NumPy's global generator is drawn from if it is None, and no
             other global generator in any case.
@@ -305,7 +306,7 @@ class EnsembleClassifier(ClassifierMixin, EnsembleEstimator):  # type: ignore[mi
             found = np.unique(own)
             if len(found) < 2:
                 where = "y" if labels.is_single else f"y[:, {k}]"
-                label = labels.classes[k][found[0]]
+                label = labels.classes[k].tolist()[found[0]]
                 raise ValueError(
                     f"{self._call('fit')}: there is one class only: all {len(own)} rows of positive"
                     f" weight have {where} = {label!r}; a classifier needs at least two"

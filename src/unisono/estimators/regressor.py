@@ -48,6 +48,7 @@ class EnsembleRegressor(RegressorMixin, EnsembleEstimator):  # type: ignore[misc
             held out and all epochs are trained.
         patience: Epochs without improvement after which a member stops; None to hold out nothing
             and train all epochs.
+        min_delta: How much lower the loss on held-out rows has to be to count as an improvement.
         random_state: An integer for the same numbers each time, to the last bit on one machine with
             one number of threads. NumPy's global generator is drawn from if it is None, and no
             other global generator in any case.

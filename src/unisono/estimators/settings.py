@@ -33,6 +33,7 @@ class Settings:
         max_epochs: Epochs, at most.
         validation_fraction: Part of the rows that is held out to stop by.
         patience: Epochs without improvement after which a member stops; None for no stopping.
+        min_delta: How much lower a loss has to be to count as an improvement.
         device: Where the ensemble trains and predicts.
         dtype: Of the network; None for that of the data.
         strategy: How a call runs; see `Ensemble`.
@@ -49,6 +50,7 @@ class Settings:
     max_epochs: int
     validation_fraction: float
     patience: int | None
+    min_delta: float
     device: torch.device
     dtype: torch.dtype | None
     strategy: StrategyName
@@ -86,6 +88,8 @@ def check_settings(call: str, given: Mapping[str, Any]) -> Settings:
             f"patience is a whole number, at least 1, or None; got {given['patience']!r}"
         )
     problems += _network_problems(given["hidden_layer_sizes"], given["dropout"])
+    if not _is_number(given["min_delta"]) or not 0 <= given["min_delta"] < math.inf:
+        problems.append(f"min_delta is a number, at least 0; got {given['min_delta']!r}")
     for name in ("learning_rate", "weight_decay"):
         problems += _rate_problems(name, given[name], int(n) if _is_count(n) else None)
     fraction = given["validation_fraction"]
@@ -115,6 +119,7 @@ def check_settings(call: str, given: Mapping[str, Any]) -> Settings:
         batch_size=int(given["batch_size"]),
         max_epochs=int(given["max_epochs"]),
         validation_fraction=float(fraction),
+        min_delta=float(given["min_delta"]),
         patience=None if given["patience"] is None else int(given["patience"]),
         device=device,
         dtype=None if given["dtype"] is None else DTYPES[given["dtype"]],

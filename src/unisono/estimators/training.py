@@ -106,6 +106,7 @@ def train(
         validation=validation,
         combine=task.combine,
         patience=None if validation is None else settings.patience,
+        min_delta=settings.min_delta,
         seed=seed,
         progress=settings.verbose,
     )
