@@ -33,7 +33,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"unisono\.training\.session\.Scheduler"),
     (r"py:.*", r"(torch|numpy|np|nn|collections|pathlib|typing|os)\..*"),
     (r"py:.*", r"(Tensor|Module|Callable|Iterable|Iterator|Mapping|Sequence|Any|Literal|Path)"),
-    (r"py:.*", r"(Array|Axes|Figure|Mask|Values)"),
+    (r"py:.*", r"(Array|Axes|Combine|Figure|Mask|Metric|Task|Values)"),
 ]
 
 

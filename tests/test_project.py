@@ -84,6 +84,7 @@ PUBLIC_MODULES = (
     "unisono.plots",
     "unisono.selection",
     "unisono.training.sampling",
+    "unisono.uncertainty",
 )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unisono.member_axis import check_shape, chosen, class_axis, counted_up, shares
+from unisono import member_axis
 
 
 def mean(outputs: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def weighted(outputs: Tensor, weights: Tensor | Sequence[float]) -> Tensor:
         tensor([2., 3.])
     """
     _check("weighted", outputs)
-    share = shares("combine.weighted", weights, outputs)
+    share = member_axis.shares("combine.weighted", weights, outputs)
     return (share * outputs).sum(0).to(outputs.dtype)
 
 
@@ -135,7 +135,7 @@ def probabilities(logits: Tensor, dim: int = -1) -> Tensor:
         tensor([0.5000, 0.5000])
     """
     _check("probabilities", logits)
-    dim = class_axis("combine.probabilities", logits, dim)
+    dim = member_axis.class_axis("combine.probabilities", logits, dim)
     wide = torch.promote_types(logits.dtype, torch.float32)
     return logits.softmax(dim, dtype=wide).mean(0).to(logits.dtype)
 
@@ -170,8 +170,8 @@ def vote(outputs: Tensor, dim: int = -1) -> Tensor:
     """
     _check("vote", outputs, integers=True)
     if outputs.is_floating_point() or outputs.is_complex():
-        dim = class_axis("combine.vote", outputs, dim)
-    ordered, votes = counted_up(chosen(outputs, dim))
+        dim = member_axis.class_axis("combine.vote", outputs, dim)
+    ordered, votes = member_axis.counted_up(member_axis.chosen(outputs, dim))
     n = outputs.shape[0]
     place = torch.arange(n, device=outputs.device).reshape(n, *[1] * (ordered.ndim - 1))
     # Most votes first, then the earlier place: no two places score the same.
@@ -187,7 +187,7 @@ def _check(name: str, outputs: Tensor, *, integers: bool = False) -> None:
             f"combine.{name}: expected one tensor of outputs, got {type(outputs).__name__}; "
             f"combine each tensor in it by itself"
         )
-    check_shape(f"combine.{name}", outputs)
+    member_axis.check_shape(f"combine.{name}", outputs)
     if not (integers or outputs.is_floating_point() or outputs.is_complex()):
         raise TypeError(
             f"combine.{name}: outputs of dtype {outputs.dtype} can't be averaged; "

@@ -19,17 +19,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from unisono import member_axis
 from unisono.disagreement import disagreement_matrix as disagreement_matrix
 from unisono.disagreement import pairwise_disagreement as pairwise_disagreement
 from unisono.disagreement import variation_ratio as variation_ratio
-from unisono.member_axis import (
-    check_members,
-    class_axis,
-    finite,
-    log_mean,
-    shares,
-    values_on_cpu,
-)
 
 Given = Literal["logits", "probabilities"]
 
@@ -101,17 +94,17 @@ def classification(
     2018, above.
     """
     call = "uncertainty.classification"
-    check_members(call, outputs)
+    member_axis.check_members(call, outputs)
     _check_dtype(call, outputs)
     if given not in ("logits", "probabilities"):
         raise ValueError(f'{call}: given is "logits" or "probabilities"; got {given!r}')
-    dim = class_axis(call, outputs, dim)
+    dim = member_axis.class_axis(call, outputs, dim)
     wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-    w = None if weights is None else shares(call, weights, outputs)
+    w = None if weights is None else member_axis.shares(call, weights, outputs)
     if given == "logits":
-        log_p = finite(wide.log_softmax(dim))  # (N, *, C)
+        log_p = member_axis.finite(wide.log_softmax(dim))  # (N, *, C)
         p = log_p.exp()
-        log_prediction = log_mean(log_p, w)  # (*, C)
+        log_prediction = member_axis.log_mean(log_p, w)  # (*, C)
         prediction = log_prediction.exp()
     else:
         _check_probabilities(call, outputs, dim)
@@ -165,13 +158,13 @@ def regression(
     Reference: Lakshminarayanan et al. 2017, above, section 2.4.
     """
     call = "uncertainty.regression"
-    check_members(call, mean)
+    member_axis.check_members(call, mean)
     _check_dtype(call, mean)
     _check_variance(call, mean, variance)
     wide = torch.promote_types(mean.dtype, torch.float32)
     if variance is not None:
         wide = torch.promote_types(wide, variance.dtype)
-    w = None if weights is None else shares(call, weights, mean)
+    w = None if weights is None else member_axis.shares(call, weights, mean)
     # From member 0 on: where all agree the difference is exactly zero, however large the numbers.
     first = mean.select(0, 0).to(wide)
     offset = mean.to(wide) - first
@@ -222,7 +215,7 @@ def _check_probabilities(call: str, outputs: Tensor, dim: int) -> None:
     sums = p.sum(dim, dtype=torch.promote_types(p.dtype, torch.float32))
     # Comparisons with NaN are false: it passes, and shows in the result.
     facts = torch.stack([(p < 0).sum(), ((sums - 1).abs() > slack).sum()])
-    counts = values_on_cpu(facts)
+    counts = member_axis.values_on_cpu(facts)
     if counts and any(counts):
         raise ValueError(
             f"{call}: probabilities are at least 0 and sum to 1 over the classes on axis {dim}, "
@@ -244,7 +237,7 @@ def _check_variance(call: str, mean: Tensor, variance: Tensor | None) -> None:
             f"{call}: each prediction has one variance, but mean has shape {tuple(mean.shape)} and "
             f"variance {tuple(variance.shape)}"
         )
-    negative = values_on_cpu((variance.detach() < 0).sum().reshape(1))
+    negative = member_axis.values_on_cpu((variance.detach() < 0).sum().reshape(1))
     if negative and any(negative):
         raise ValueError(
             f"{call}: variances are at least 0, but {negative[0]} of {variance.numel()} are below; "
