@@ -235,7 +235,10 @@ class RunFolder:
         try:
             return (self.path / name).read_bytes()
         except OSError as error:
-            raise ArgumentError(f"can't read {self.path / name}: {error.strerror}") from error
+            raise ArgumentError(
+                f"can't read {self.path / name}: {error.strerror}; train again, or take a whole "
+                "copy of the folder"
+            ) from error
 
     def _json(self, name: str, content: bytes) -> dict[str, Any]:
         try:
