@@ -66,13 +66,14 @@ def uncertainty_histogram(
         {"fc": "#A6CBE3", "ec": BLUE, "lw": 1.2},
         {"fc": "none", "ec": VERMILLION, "lw": 1.2, "hatch": "////"},  # told apart in grey
     )
+    highest = 0.0
     for name, values, style in zip(names, (near, far), styles, strict=True):
         share = np.histogram(values, edges)[0] / len(values)
+        highest = max(highest, share.max())
         rows = "1 row" if len(values) == 1 else f"{len(values):,} rows"
         ax.stairs(share, edges, fill=True, label=f"{name}, {rows}", **style)
     ax.set_xlabel(what, parse_math=False)
     ax.set_ylabel("share of the rows of its kind")
-    highest = max(area.get_data().values.max() for area in ax.patches)
     ax.set_ylim(0, 1.3 * highest)  # room for the legend
     legend(ax, title=f"AUROC {_auroc(near, far):.3f}")
     return ax

@@ -43,8 +43,8 @@ def reliability_diagram(
     """Draw how often answers are right over the probability they are given with.
 
     A row counts for the bin of its largest probability. Members are faint lines, the ensemble is a
-    bold one; the bars below count the ensemble's rows in each bin. The legend tells the expected
-    calibration error, ``ECE = sum_k |accuracy_k - confidence_k| n_k / B``.
+    bold one with intervals of 95 %; bars below count the ensemble's rows in each bin. The legend
+    tells the expected calibration error, ``ECE = sum_k |accuracy_k - confidence_k| n_k / B``.
 
     Args:
         probabilities: Of every member.
@@ -100,6 +100,8 @@ def reliability_diagram(
         ax.plot([], [], color=BLUE, lw=0.9, alpha=0.6, label=label)
     name = "ensemble" if n > 1 else "model"
     x, y = ensemble.confidence, ensemble.accuracy
+    low, high = wilson_interval(y, ensemble.counts)
+    ax.vlines(x, low, high, color=BLACK, lw=0.8, alpha=0.5)
     ax.plot(x, y, color=BLACK, lw=2, marker="o", ms=4, label=f"{name}, ECE {ensemble.error:.3f}")
     ax.set(xlim=(0, 1), ylim=(-_STRIP / (1 - _STRIP) - 0.06, 1.03), yticks=np.linspace(0, 1, 6))
     ax.set_xlabel("probability of the answer")
@@ -120,6 +122,31 @@ def _draw_counts(ax: Axes, counts: Array) -> None:
     strip.spines["top"].set_color("#BBBBBB")
     text = f"rows in each bin, at most {counts.max():,}"
     strip.text(0.01, 0.93, text, transform=strip.transAxes, va="top", fontsize=8, color=GREY)
+
+
+def wilson_interval(share: Array, count: Array) -> tuple[Array, Array]:
+    """The ends of Wilson's interval of 95 % of shares of independent rows; right at 0 and 1 too.
+
+    Args:
+        share: Shares; NaN has no interval.
+        count: Of how many rows each.
+
+    Example:
+        >>> low, high = wilson_interval(np.array([0.9]), np.array([100]))
+        >>> low.round(3).item(), high.round(3).item()
+        (0.826, 0.945)
+
+    Reference:
+        Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
+    """
+    z = 1.959964
+    extra = z**2 / np.where(np.isnan(share), np.nan, count)
+    centre = (share + extra / 2) / (1 + extra)
+    half = np.sqrt(share * (1 - share) * extra + extra**2 / 4) / (1 + extra)
+    # Rounding must not leave the share outside of its interval.
+    return np.minimum(centre - half, share).clip(min=0), np.maximum(centre + half, share).clip(
+        max=1
+    )
 
 
 def bin_answers(probabilities: Array, labels: Array, bins: int) -> AnswerBins:

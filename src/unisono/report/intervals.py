@@ -8,9 +8,9 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from unisono.plots.arrays import Array
+from unisono.plots.reliability import wilson_interval
 
 RESAMPLES: Final = 1000
-_Z: Final = 1.959964  # 95 % of a normal distribution are within
 _BLOCK: Final = 4_000_000  # weights that are held at once
 
 
@@ -28,16 +28,14 @@ class Interval(NamedTuple):
 
 
 def wilson(share: float, rows: int) -> Interval:
-    """Interval of a share of independent rows: Wilson's, which is right at 0 % and 100 % too.
+    """A share of independent rows with Wilson's interval.
 
     Example:
         >>> [round(value, 3) for value in wilson(0.9, 100)]
         [0.9, 0.826, 0.945]
     """
-    z2 = _Z**2 / rows
-    centre = (share + z2 / 2) / (1 + z2)
-    half = _Z / (1 + z2) * math.sqrt(share * (1 - share) / rows + z2 / (4 * rows))
-    return Interval(share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half)))
+    low, high = wilson_interval(np.array(share), np.array(rows))
+    return Interval(share, float(low), float(high))
 
 
 def bootstrap_means(values: Array, *, seed: int = 0) -> Array:

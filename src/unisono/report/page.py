@@ -76,6 +76,7 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {
         "number": texts.number,
         "percent": texts.percent,
+        "cell": texts.cell,
         "ends": texts.ends,
         "value": texts.value,
         "seconds": seconds,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pyarrow import Table
 
 Task = Literal["classification", "regression"]
+_PLAN: Final = {"strategy", "chunk_size", "reason", "candidates", "ops"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +105,9 @@ def _shapes(run: Run) -> list[str]:
         run.images.ndim != 4 or len(run.images) != rows or run.images.shape[1] not in (1, 3)
     ):
         wrong.append(f"images must be ({rows}, 1 or 3, height, width), got {run.images.shape}")
+    missing = _PLAN - set(run.plan) if run.plan is not None else set()
+    if missing:
+        wrong.append(f"the plan has no {', '.join(sorted(missing))}")
     if run.table is not None and run.table.num_rows != rows:
         wrong.append(f"the table has {run.table.num_rows} rows, but there are outputs of {rows}")
     return wrong

@@ -11,8 +11,9 @@ from unisono.report.scores import Column
 
 NOTHING: Final = "\N{EN DASH}"
 _MINUS: Final = "\N{MINUS SIGN}"
-_MOST_LETTERS: Final = 80
-_MOST_VALUES: Final = 8
+_MOST_LETTERS: Final = 300
+_MOST_IN_CELL: Final = 60
+_MOST_VALUES: Final = 12
 
 
 def number(value: float) -> str:
@@ -81,7 +82,7 @@ def value(found: Any) -> str:
     """A setting or a cell of a table, on one line.
 
     Example:
-        >>> value(True), value([1e-3, 1e-2] * 50), value("a" * 99)[-3:]
+        >>> value(True), value([1e-3, 1e-2] * 50), value("a" * 999)[-3:]
         ('yes', '100 values from 0.001 to 0.01', 'aa…')
     """
     if found is None or (isinstance(found, float) and math.isnan(found)):
@@ -95,6 +96,12 @@ def value(found: Any) -> str:
     if isinstance(found, Sequence) and not isinstance(found, str | bytes):
         return _listed(found)
     return _cut(str(found))
+
+
+def cell(found: Any) -> str:
+    """The same in at most 60 letters."""
+    text = value(found)
+    return text if len(text) <= _MOST_IN_CELL else f"{text[: _MOST_IN_CELL - 1]}…"
 
 
 def _listed(found: Sequence[Any]) -> str:

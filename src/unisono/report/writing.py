@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 REPORT: Final = "report.html"
 # What ``metrics.json`` has beside settings, scores (which are dicts) and curves (lists of lists).
-_RESULTS: Final = ("stopped", "best_epoch", "divided_images", "combined_loss")
+_CURVES: Final = ("train_loss", "validation_loss", "combined_loss")
+_RESULTS: Final = (*_CURVES, "stopped", "best_epoch", "divided_images")
 
 
 def write_report(run_folder: str | os.PathLike[str]) -> Path:
@@ -76,7 +77,9 @@ def read_run(run_folder: str | os.PathLike[str]) -> Run:
     folder = RunFolder(Path(run_folder))
     about = folder.description
     found, metrics = folder.test_outputs(), folder.metrics()
+    plan, table = folder.plan(), folder.test_table()
     try:
+        loss, validation_loss, combined_loss = (_curve(metrics.get(name)) for name in _CURVES)
         return Run(
             name=folder.path.resolve().name,
             task="regression" if about.task == "regression" else "classification",
@@ -87,12 +90,12 @@ def read_run(run_folder: str | os.PathLike[str]) -> Run:
             settings=_settings(about, metrics),
             columns=_columns(about),
             target=about.target,
-            plan=folder.plan(),
+            plan=plan,
             images=None if found.inputs is None else found.inputs.numpy(),
-            table=folder.test_table(),
-            loss=_curve(metrics.get("train_loss")),
-            validation_loss=_curve(metrics.get("validation_loss")),
-            combined_loss=_curve(metrics.get("combined_loss")),
+            table=table,
+            loss=loss,
+            validation_loss=validation_loss,
+            combined_loss=combined_loss,
         )
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"{folder.path} can't be used: {error}; train again") from error
