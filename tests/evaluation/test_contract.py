@@ -235,6 +235,12 @@ def test_errors_about_metrics(classes):
     ):
         both = torchmetrics.MetricCollection([torchmetrics.MeanMetric()])
         run(ens, x, y, metrics={"a": 0.5, "b": both})
+    with raises(
+        TypeError,
+        "evaluate: metrics has a name for each metric; got list. Write "
+        'metrics={"f1": MulticlassF1Score(3)}',
+    ):
+        run(ens, x, y, metrics=[torchmetrics.MeanMetric()])
     per_class = torchmetrics.classification.MulticlassAccuracy(3, average=None)
     with raises(
         TypeError,

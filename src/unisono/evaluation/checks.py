@@ -12,11 +12,16 @@ from unisono.evaluation.measures import READERS, built_in_names
 
 
 def check_evaluate(
-    ens: Any, *, task: Any, metrics: Mapping[str, Any], functions: Mapping[str, Any], weights: Any
+    ens: Any, *, task: Any, metrics: Any, functions: Mapping[str, Any], weights: Any
 ) -> None:
     """Raise unless an evaluation with these arguments can start; see `evaluate` for them."""
     if not isinstance(ens, Ensemble):
         raise TypeError(f"evaluate: the first argument is an Ensemble; got {type(ens).__name__}")
+    if not isinstance(metrics, Mapping):
+        raise TypeError(
+            f"evaluate: metrics has a name for each metric; got {type(metrics).__name__}. Write "
+            f'metrics={{"f1": MulticlassF1Score(3)}}'
+        )
     problems = [
         f"{name} is a function of what the ensemble returns; got {found!r}"
         for name, found in functions.items()

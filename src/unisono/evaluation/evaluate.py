@@ -106,7 +106,7 @@ def evaluate(
     from unisono.evaluation.checks import check_evaluate, made
     from unisono.evaluation.measures import Measures
 
-    metrics = dict(metrics or {})
+    metrics = {} if metrics is None else metrics
     check_evaluate(
         ens,
         task=task,

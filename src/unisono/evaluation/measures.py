@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ _ROW_MEANS: Final[Mapping[Task, tuple[str, ...]]] = {
     "classification": ("accuracy", "nll", "brier"),
     "regression": ("nll",),
 }
+_M = TypeVar("_M", bound=Metric)
 _PARTS: Final = ("total", "aleatoric", "epistemic")
 
 
@@ -95,9 +96,10 @@ class Measures:
         """Measure a minibatch of the data."""
         reading = self._reader.read(outputs, targets)
         for name, values in reading.row_values.items():
-            self._row_means.setdefault(name, RowMean()).to(values.device).update(values)
+            _on(values.device, self._row_means.setdefault(name, RowMean())).update(values)
+        device = reading.predictions.device
         for metric in self._metrics.values():
-            metric.to(reading.predictions.device).update(reading.predictions, reading.targets)
+            _on(device, metric).update(reading.predictions, reading.targets)
         self._add_uncertainty(reading, is_outside=False)
 
     def add_outside(self, outputs: Any) -> None:
@@ -132,14 +134,14 @@ class Measures:
     def _add_uncertainty(self, reading: Reading, *, is_outside: bool) -> None:
         device = reading.uncertainty.device
         self._rows[is_outside] += reading.predictions.shape[1]
-        self._uncertainty[is_outside].to(device).update(reading.uncertainty)
+        _on(device, self._uncertainty[is_outside]).update(reading.uncertainty)
         if self._separation is None or self._own_separation is None:
             return
-        self._separation.to(device).update(reading.uncertainty, is_outside)
+        _on(device, self._separation).update(reading.uncertainty, is_outside)
         if reading.own is None:
             self._states_own = False
         else:
-            self._own_separation.to(device).update(reading.own, is_outside)
+            _on(device, self._own_separation).update(reading.own, is_outside)
 
     def _mean_uncertainty(self, *, is_outside: bool) -> dict[str, float]:
         return dict(zip(_PARTS, _read(self._uncertainty[is_outside]).tolist(), strict=True))
@@ -153,6 +155,11 @@ class Measures:
             uncertainty=self._mean_uncertainty(is_outside=True),
             rows=self._rows[True],
         )
+
+
+def _on(device: torch.device, metric: _M) -> _M:
+    """The metric on the device; moving it takes long, even to where it is."""
+    return metric if metric.device == device else metric.to(device)
 
 
 def _read(metric: Metric) -> Tensor:

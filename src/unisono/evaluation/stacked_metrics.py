@@ -226,7 +226,8 @@ class EachMember(_Stacked):
     def update(self, predictions: Tensor, targets: Tensor) -> None:
         """Add a minibatch: (M, B, *) and (B, *)."""
         for copy, prediction in zip(self.copies, predictions, strict=True):
-            copy.to(prediction.device)
+            if copy.device != prediction.device:
+                copy.to(prediction.device)
             copy.update(prediction, targets)
 
     def compute(self) -> Tensor:
