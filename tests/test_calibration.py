@@ -195,6 +195,7 @@ def test_apply_divides_members_and_not_classes():
     for i in range(3):
         torch.testing.assert_close(scaled[i], logits[i] / t[i])
     torch.testing.assert_close(calibration.apply(logits, t[1]), logits / 2)
+    torch.testing.assert_close(calibration.apply(logits, t.tolist()), scaled)
     with pytest.raises(
         ValueError,
         match=r"^calibration\.apply: logits of shape \(3, 3, 3\) need 3 temperatures, one for each"

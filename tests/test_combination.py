@@ -280,6 +280,9 @@ def test_all_that_is_wrong_is_told_at_once():
             ens.combination.set(weights=[1, bad, 1, 1])
         with pytest.raises(ValueError, match=f"temperature: finite and above zero, got {bad}"):
             ens.combination.set(pooled_temperature=bad)
+    for bad in ("1234", [1, None, 1, 1]):
+        with pytest.raises(TypeError, match=r"set: weights: a tensor or numbers, got ['\[]1"):
+            ens.combination.set(weights=bad)
     with pytest.raises(ValueError, match="weights: all 4 are zero"):
         ens.combination.set(weights=torch.zeros(4))
     with pytest.raises(ValueError, match=r"weights are real numbers, got torch\.complex64"):

@@ -437,6 +437,9 @@ def test_errors_about_steps():
         r" number of members, from 0 to 4; got 5$",
     ):
         selection.greedy(p, y, steps=0, start=5)
+    with pytest.raises(ValueError, match=r"at least 1; got 2\.0"):
+        selection.greedy(p, y, steps=2.0)
+    assert torch.equal(selection.greedy(p, y, steps=np.int64(7)), selection.greedy(p, y, steps=7))
     with pytest.raises(ValueError, match=r"loss of every combination is NaN or infinite"):
         selection.greedy(p, y, loss=lambda p, y: (p * NAN).sum())
 

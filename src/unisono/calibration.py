@@ -72,7 +72,7 @@ def pooled_temperature(
     targets: Tensor,
     *,
     weights: Tensor | Sequence[float] | None = None,
-    temperatures: Tensor | None = None,
+    temperatures: Tensor | Sequence[float] | None = None,
     dim: int = -1,
 ) -> Tensor:
     """Find the temperature of the common prediction: first pool, then calibrate.
@@ -119,7 +119,7 @@ def pooled_temperature(
     return _fit(call, pooled.unsqueeze(0), classes).squeeze(0)
 
 
-def apply(logits: Tensor, temperatures: Tensor) -> Tensor:
+def apply(logits: Tensor, temperatures: Tensor | Sequence[float] | float) -> Tensor:
     """Divide by temperatures: ``z[i] / T[i]``, or ``z / T`` for a single one.
 
     ``logits / T`` by itself would divide class c by ``T[c]`` where there are as many classes as
@@ -144,6 +144,7 @@ def apply(logits: Tensor, temperatures: Tensor) -> Tensor:
         >>> apply(torch.ones(2, 1, 2), torch.tensor([1.0, 4.0]))[1]
         tensor([[0.2500, 0.2500]])
     """
+    temperatures = torch.as_tensor(temperatures)
     shape = tuple(temperatures.shape)
     if shape and shape != tuple(logits.shape[:1]):
         raise ValueError(
@@ -161,7 +162,7 @@ def pool(
     logits: Tensor,
     *,
     weights: Tensor | Sequence[float] | None = None,
-    temperatures: Tensor | None = None,
+    temperatures: Tensor | Sequence[float] | None = None,
     dim: int = -1,
 ) -> Tensor:
     """Average the members' probabilities, as a logarithm: ``log sum_i w[i] softmax(z[i] / T[i])``.

@@ -64,6 +64,7 @@ class Combination(nn.Module):
         Raises:
             ValueError: If there aren't N numbers, weights are negative or sum to zero,
                 temperatures aren't above zero, or any is NaN or infinite; nothing is changed.
+            TypeError: If these are no numbers.
 
         Shape:
             - weights, temperatures: (N)
@@ -76,7 +77,7 @@ class Combination(nn.Module):
             tensor([1.5000, 2.0000])
         """
         given = {
-            name: None if value is None else _copied(value)
+            name: None if value is None else _copied(name, value)
             for name, value in zip(_NAMES, (weights, temperatures, pooled_temperature), strict=True)
         }
         problems = [
@@ -220,11 +221,16 @@ class Combination(nn.Module):
             )
 
 
-def _copied(value: Tensor | Sequence[float] | float) -> Tensor:
+def _copied(name: str, value: Tensor | Sequence[float] | float) -> Tensor:
     if isinstance(value, Tensor):
         wide = torch.promote_types(value.dtype, torch.float32)
         return value.detach().to(wide, copy=True)
-    return torch.tensor(value, dtype=torch.float32)
+    try:
+        return torch.tensor(value, dtype=torch.float32)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"ens.combination.set: {name}: a tensor or numbers, got {value!r}"
+        ) from error
 
 
 def _problems(name: str, value: Tensor, shape: tuple[int, ...]) -> list[str]:

@@ -6,8 +6,9 @@ Pure functions of outputs on data that no member was trained on. The weights are
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal, SupportsIndex, get_args
 
 import torch
 from torch import Tensor
@@ -283,11 +284,11 @@ def _check_loss(call: str, loss: object, known: tuple[str, ...]) -> None:
         raise ValueError(f"{call}: loss is one of {names}; got {loss!r}")
 
 
-def _check_steps(call: str, steps: int, start: int, n: int) -> None:
+def _check_steps(call: str, steps: object, start: object, n: int) -> None:
     problems = []
-    if type(steps) is not int or steps < 1:
+    if not isinstance(steps, SupportsIndex) or operator.index(steps) < 1:
         problems.append(f"steps is a number of steps, at least 1; got {steps!r}")
-    if type(start) is not int or not 0 <= start <= n:
+    if not isinstance(start, SupportsIndex) or not 0 <= operator.index(start) <= n:
         problems.append(f"start is a number of members, from 0 to {n}; got {start!r}")
     if problems:
         raise ValueError(f"{call}: " + "; ".join(problems))
