@@ -40,7 +40,7 @@ Data = tuple[Tensor, Tensor]
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, evaluate, and print the table."""
     options = _parser().parse_args(argv)
-    train, inside, outside = _data(load_mnist5k(), rows=200 if options.tiny else None)
+    train, inside, outside = _data(load_mnist5k(), rows=64 if options.tiny else None)
     machine = describe_machine(torch.device("cpu")) | {"threads": torch.get_num_threads()}
     print(", ".join(f"{key}: {value}" for key, value in machine.items()))
     print(

@@ -12,7 +12,7 @@ def test_the_benchmark(tmp_path, capsys):
     file = tmp_path / "new" / "found.json"
     assert out_of_distribution.main(["--tiny", "--members", "2", "--json", str(file)]) == 0
     printed = capsys.readouterr().out
-    assert "200 test images of them against 200 of 8 to 9" in printed
+    assert "64 test images of them against 64 of 8 to 9" in printed
     found = json.loads(file.read_text())["models"]
     assert list(found) == ["MLP", "CNN"]
     for (row,) in found.values():
