@@ -82,6 +82,7 @@ PUBLIC_MODULES = (
     "unisono.combine",
     "unisono.optim",
     "unisono.plots",
+    "unisono.report",
     "unisono.selection",
     "unisono.training.sampling",
     "unisono.uncertainty",
@@ -233,5 +234,6 @@ def test_wheel_is_complete(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert "unisono/py.typed" in names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
-    sources = {path.relative_to(ROOT / "src") for path in (ROOT / "src").rglob("*.py")}
+    kinds = ("*.py", "*.html", "*.css")
+    sources = {p.relative_to(ROOT / "src") for kind in kinds for p in (ROOT / "src").rglob(kind)}
     assert {source.as_posix() for source in sources} <= names

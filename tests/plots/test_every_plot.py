@@ -163,7 +163,6 @@ def test_tensors_give_the_same_picture_as_arrays(draw):
 
     expected = plots.to_png(draw(4, np.asarray, None))
     assert plots.to_png(draw(4, to_tensor, None)) == expected
-    assert plots.to_png(draw(4, np.asarray, None).figure) == expected
 
 
 @every_plot
@@ -193,7 +192,7 @@ def test_ax_that_is_no_axes_is_refused(draw):
 def test_a_subfigure_is_written_with_its_whole_figure():
     left, right = Figure().subfigures(1, 2)
     ax = sweep(4, np.asarray, right.subplots())
-    assert plots.to_png(ax) == plots.to_png(left) == plots.to_png(left.figure)
+    assert plots.to_png(ax) == plots.to_png(left.figure)
 
 
 def test_titles_and_names_are_no_mathematics(monkeypatch):

@@ -47,6 +47,12 @@ def test_reliability_of_a_case_by_hand():
     assert legend(ax) == ["ideal", "model, ECE 0.400"]
 
 
+def test_bins_hold_their_upper_edge():
+    confidence = np.array([0.51, 0.6, 0.61, 1.0])
+    found = bin_answers(np.stack([confidence, 1 - confidence], -1), np.zeros(4, dtype=int), 10)
+    assert np.repeat(np.arange(10), found.counts).tolist() == [5, 5, 6, 9]
+
+
 def test_calibration_error_is_that_of_torchmetrics():
     functional = pytest.importorskip("torchmetrics.functional.classification")
     probabilities = some_probabilities(1)[0]

@@ -199,3 +199,15 @@ def test_a_run_that_does_not_fit_together_is_refused(make_run, fields, message):
     with pytest.raises(ValueError, match=r"^the run mine can't be reported on: ") as caught:
         make_run(**{"name": "mine", "classes": (), **given})
     assert message in str(caught.value)
+
+
+def test_the_most_uncertain_rows_come_first(make_run):
+    targets = np.arange(60) % 3
+    outputs = np.stack([20.0 * np.eye(3)[targets]] * 2)
+    outputs[:, 17] = 0.0  # of all classes alike
+    outputs[:, 4] = [[9.0, 0.0, 0.0], [0.0, 9.0, 0.0]]  # each sure, of different classes
+    tree = parse(render(make_run(members=2, outputs=outputs, classes=("a", "b", "c"))))
+    heads = [row for row in texts(tree, "tr") if re.match(r"\d+ [abc] [abc] ", row)]
+    assert len(heads) == 20
+    assert heads[0].startswith("85 c a 33.33 % 2 of 2 1.099 1.099 ")
+    assert heads[1].startswith("20 b a 49.99 % 1 of 2 0.6943 0.002")
