@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 
 from unisono.plots.arrays import Array
-
-if TYPE_CHECKING:
-    from pyarrow import Table
 
 Task = Literal["classification", "regression"]
 _PLAN: Final = {"strategy", "chunk_size", "reason", "candidates", "ops"}
@@ -36,7 +33,7 @@ class Run:
         combined_loss: Validation loss of the combined prediction, likewise.
         plan: How the members run, as of `Plan.to_dict`.
         images: The test rows as pictures in grey or in colour, from 0 to 255.
-        table: The test rows as they stood in the file.
+        table: The test rows as they stood in the file, a `pyarrow.Table`.
 
     Shape:
         - outputs: (N, B, C), or (N, B, 2), or (N, B, 1)
@@ -70,7 +67,7 @@ class Run:
     combined_loss: Array | None = None
     plan: Mapping[str, Any] | None = None
     images: Array | None = None
-    table: Table | None = None
+    table: Any = None
 
     def __post_init__(self) -> None:
         """Check everything that the report relies on."""

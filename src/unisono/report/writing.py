@@ -35,7 +35,7 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
         Path of the file.
 
     Raises:
-        ArgumentError: If the folder isn't a run, or one of its files is missing or damaged.
+        ValueError: If the folder isn't a run, or one of its files is missing or damaged.
         MissingExtraError: If Matplotlib isn't installed.
         OSError: If the file can't be written; one that was there before is as it was.
 
@@ -62,7 +62,7 @@ def read_run(run_folder: str | os.PathLike[str]) -> Run:
         The run, for `render`.
 
     Raises:
-        ArgumentError: If the folder isn't a run, or one of its files is missing or damaged.
+        ValueError: If the folder isn't a run, or one of its files is missing or damaged.
 
     Example:
         >>> read_run("runs/no-such-run")
