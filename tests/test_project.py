@@ -80,6 +80,7 @@ PUBLIC_MODULES = (
     "unisono",
     "unisono.calibration",
     "unisono.combine",
+    "unisono.estimators",
     "unisono.optim",
     "unisono.plots",
     "unisono.report",

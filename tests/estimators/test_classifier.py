@@ -216,7 +216,7 @@ def test_a_module_of_the_user():
             TypeError,
             (
                 r"EnsembleClassifier.fit: module is a function that makes a member, got Linear;"
-                r" pass module=lambda n_features, n_outputs: Net\(...\), or None for the default network"
+                r" pass module=lambda n_features, n_outputs: Net\(...\), or None for the default"
             ),
         ),
         (

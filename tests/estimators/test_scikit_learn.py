@@ -1,6 +1,8 @@
 """The estimators among those of scikit-learn: its own checks, and its tools around them."""
 
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -96,3 +98,17 @@ def test_what_a_data_frame_of_whole_numbers_gives_is_what_its_array_gives():
     other = EnsembleClassifier(**options).fit(X.to_numpy(np.float64), y.to_numpy())
     np.testing.assert_array_equal(one.predict_proba(X), other.predict_proba(X.to_numpy()))
     assert one.predict(X).dtype == bool
+
+
+def test_without_scikit_learn_the_error_names_the_extra():
+    code = (
+        "import sys; sys.modules['sklearn'] = None\n"
+        "import unisono\n"
+        "try:\n    import unisono.estimators\n"
+        "except unisono.MissingExtraError as error:\n    print(error)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == (
+        "unisono.estimators needs the package sklearn, from the extra `sklearn`:"
+        ' pip install "unisono[sklearn]"\n'
+    )

@@ -3,14 +3,15 @@
 Needs the extra ``sklearn``. ``import unisono`` doesn't import this package.
 """
 
-from unisono.extras import require
+from unisono import extras as _extras
 
-require("sklearn", extra="sklearn", purpose="unisono.estimators")
+_extras.require("sklearn", extra="sklearn", purpose="unisono.estimators")
 
-# After `require`, so that a missing scikit-learn is one clear error.
+# After that, so that a missing scikit-learn is one clear error.
 from unisono.estimators.classifier import EnsembleClassifier  # noqa: E402
 from unisono.estimators.networks import GaussianMLP, Standardise, TabularMLP  # noqa: E402
 from unisono.estimators.regressor import EnsembleRegressor  # noqa: E402
+from unisono.estimators.state import from_state, to_state  # noqa: E402
 
 __all__ = [
     "EnsembleClassifier",
@@ -18,4 +19,6 @@ __all__ = [
     "GaussianMLP",
     "Standardise",
     "TabularMLP",
+    "from_state",
+    "to_state",
 ]

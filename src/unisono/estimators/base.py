@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -83,6 +84,15 @@ class EnsembleEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn is
         self.dtype = dtype
         self.strategy = strategy
         self.verbose = verbose
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: with the ensemble on the CPU, so that any machine can load it."""
+        state: dict[str, Any] = super().__getstate__()
+        ens = state.get("ensemble_")
+        if ens is not None and next(ens.parameters()).device.type != "cpu":
+            # The optimizer is that of the ensemble on the device; `partial_fit` makes a new one.
+            state = {**state, "ensemble_": copy.deepcopy(ens).cpu(), "_optimizer": None}
+        return state
 
     def _default_module(self, settings: Settings) -> Factory:
         """The network if ``module`` is None."""
