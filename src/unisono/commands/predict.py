@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -22,6 +24,7 @@ from rich.progress import (
 
 from unisono.commands.arguments import check_choice, choose_device
 from unisono.commands.features import Finding, encode, merge
+from unisono.commands.in_order import map_in_order
 from unisono.commands.outcome import ArgumentError, Interrupted
 from unisono.commands.preprocessing import to_features
 from unisono.commands.result_files import check_output, open_results, result_schema
@@ -126,12 +129,17 @@ def _predict(request: PredictRequest, progress: Console) -> tuple[int, list[str]
         with (
             _progress(progress, rows.total) as advance,
             open_results(request.output, schema) as writer,
+            closing(
+                map_in_order(
+                    stream.predict, stream.numbered(rows.batches), threads=torch.get_num_threads()
+                )
+            ) as parts,
         ):
-            for batch in rows.batches:
-                result = stream.predict(batch)
-                if result is not None:
-                    writer.write(result)
-                advance(batch.num_rows)
+            for part in parts:
+                results = stream.collect(part)
+                if results is not None:
+                    writer.write(results)
+                advance(part.rows)
             stream.check(request.input)
     return stream.rows, [f"not in the training: {finding}" for finding in stream.findings]
 
@@ -185,8 +193,23 @@ class Model:
         return pa.array(self.run.classes)
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What became of a part of a stream.
+
+    Args:
+        rows: How many rows it had.
+        findings: What in them training never saw.
+        results: The columns of the output; None if there won't be any.
+    """
+
+    rows: int
+    findings: list[Finding]
+    results: RecordBatch | None
+
+
 class Stream:
-    """The rows of one file, predicted in order.
+    """The rows of one file; they may be predicted on several threads.
 
     After the first row that can't be predicted, the rest is only looked through, so that one
     message names everything.
@@ -206,17 +229,29 @@ class Stream:
         self._keep = keep
         self._refuse = refuse
 
-    def predict(self, batch: RecordBatch) -> RecordBatch | None:
-        """Return the results of a batch; None if there won't be any."""
+    def numbered(self, batches: Iterable[RecordBatch]) -> Iterator[tuple[int, RecordBatch]]:
+        """Give each batch with the number of rows before it."""
+        for batch in batches:
+            before = self.rows
+            self.rows += batch.num_rows
+            yield before, batch
+
+    def predict(self, numbered: tuple[int, RecordBatch]) -> Part:
+        """Predict one batch; changes nothing."""
         import pyarrow as pa
 
-        values, found = encode(batch, self._model.run.columns, rows_before=self.rows)
-        self.rows += batch.num_rows
-        self.findings = merge([*self.findings, *found])
-        if self._refused():
-            return None
+        before, batch = numbered
+        values, found = encode(batch, self._model.run.columns, rows_before=before)
+        if self._refused() or self._refused(found):
+            return Part(batch.num_rows, found, None)
         kept = [batch.column(name).cast(self._schema.field(name).type) for name in self._keep]
-        return pa.record_batch([*kept, *self._model.predict(values)], schema=self._schema)
+        columns = [*kept, *self._model.predict(values)]
+        return Part(batch.num_rows, found, pa.record_batch(columns, schema=self._schema))
+
+    def collect(self, part: Part) -> RecordBatch | None:
+        """Take in the parts in their order; returns what is to be written."""
+        self.findings = merge([*self.findings, *part.findings])
+        return None if self._refused() else part.results
 
     def check(self, name: str) -> None:
         """Raise if there were rows that can't be predicted, or none at all.
@@ -233,8 +268,10 @@ class Stream:
             facts = "; ".join(str(finding) for finding in refused)
             raise ArgumentError(f"{name} has values that were not in the training: {facts}{remedy}")
 
-    def _refused(self) -> list[Finding]:
-        return [f for f in self.findings if self._refuse or f.what == "infinite"]
+    def _refused(self, findings: list[Finding] | None = None) -> list[Finding]:
+        """Those of the findings that can't be predicted."""
+        known = self.findings if findings is None else findings
+        return [finding for finding in known if self._refuse or finding.what == "infinite"]
 
 
 @contextlib.contextmanager

@@ -194,7 +194,7 @@ def _batches_of_parquet(
 def _wanted(
     where: Path, names: list[str], columns: Sequence[Column], keep: Sequence[str] | None
 ) -> list[str]:
-    """The columns to read, in the order of the file for those that are only kept."""
+    """The columns to read, in the order of the file."""
     check_names(where, names)
     features = [column.name for column in columns]
     missing = [name for name in features if name not in names]
@@ -208,8 +208,8 @@ def _wanted(
         raise ArgumentError(
             f"--keep {unknown[0]}: {where} has no such column, but {list_names(names)}"
         )
-    kept = names if keep is None else keep
-    return list(dict.fromkeys([*features, *kept]))
+    needed = {*features, *(names if keep is None else keep)}
+    return [name for name in names if name in needed]
 
 
 def _rows_at_a_time(wanted: Sequence[str], most_rows: int) -> int:

@@ -1,0 +1,297 @@
+"""Time ``unisono predict`` on a large Parquet file, against a loop and scikit-learn's bagged MLPs.
+
+Run from the root of the repository: ``python -m benchmarks.predict_table``. It makes a file of
+two million rows, six columns of numbers and four of categories with values missing in two of them,
+trains ten members briefly on the first rows, and predicts the file in a new process for each
+contender and round, start and imports included:
+
+- *unisono*: ``unisono predict``;
+- *loop*: the same command, with a loop over the ten members as ordinary modules inside;
+- *scikit-learn*: a `Pipeline` of a `ColumnTransformer` and a `BaggingClassifier` of as many
+  `MLPClassifier`s with the same layers, which predicts the probabilities of the whole file at once,
+  as its users write it; no uncertainty;
+- *scikit-learn, streamed*: the same networks inside of our command, with its reading, its
+  preprocessing in float32, its threads and its batches.
+
+First all rows of the loop's file are compared with those of unisono. Memory is the largest resident
+set of the process, as the kernel counts it (Linux).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from rich.console import Console
+
+from unisono.commands import predict as command
+from unisono.commands import run_folder, table_estimator
+from unisono.commands.features import encode
+from unisono.commands.machine import describe_machine
+from unisono.commands.preprocessing import to_features
+from unisono.commands.table_files import open_rows
+from unisono.estimators import EnsembleClassifier
+from unisono.estimators.predicting import rows_at_once
+from unisono.uncertainty import Uncertainty, classification
+
+UNISONO, LOOP = "unisono", "loop"
+SKLEARN, STREAMED = "scikit-learn", "scikit-learn, streamed"
+CONTENDERS = (UNISONO, LOOP, SKLEARN, STREAMED)
+TRAINING_ROWS = 20_000
+BATCH_OF_THE_FILE = 250_000
+
+
+def main() -> None:
+    """Make the file, train, compare, time, report."""
+    options = _parser().parse_args()
+    if options.child:
+        child(options)
+        return
+    folder: Path = options.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    make_table(folder / "rows.parquet", options.rows)
+    train(folder, options.members)
+    found = measure(folder, options.rounds)
+    print(report(found, options))
+    if options.json:
+        summary = {
+            "machine": describe_machine(torch.device("cpu")),
+            "rows": options.rows,
+            "members": options.members,
+            "contenders": found,
+        }
+        options.json.write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def make_table(path: Path, rows: int) -> None:
+    """Write a table with a noisy rule in it, and its first rows as a file of their own."""
+    random = np.random.default_rng(0)
+    names = np.array(["red", "green", "blue", "cyan", "black", "white", "grey", "pink"])
+    writer = None
+    for start in range(0, rows, BATCH_OF_THE_FILE):
+        n = min(BATCH_OF_THE_FILE, rows - start)
+        numbers = random.normal(size=(6, n)) * [[1], [10], [100], [1], [1], [5]]
+        codes = random.integers(0, len(names), (4, n))
+        hidden = numbers[0] + numbers[1] / 10 * (codes[0] > 3) + (codes[1] == codes[2])
+        numbers[3][random.random(n) < 0.05] = np.nan
+        columns: dict[str, Any] = {f"x{k}": numbers[k] for k in range(6)}
+        columns |= {f"c{k}": pa.array(names[codes[k]]) for k in range(4)}
+        columns["c3"] = pa.array(names[codes[3]], mask=random.random(n) < 0.05)
+        columns["y"] = np.where(hidden + random.normal(size=n) > 0, "yes", "no")
+        table = pa.table(columns)
+        if writer is None:
+            pq.write_table(table.slice(0, TRAINING_ROWS), path.with_name("training.parquet"))
+            writer = pq.ParquetWriter(path, table.schema)
+        writer.write_table(table)
+    assert writer is not None
+    writer.close()
+
+
+def train(folder: Path, members: int) -> None:
+    """Train a run on the first rows, with the command."""
+    arguments = ["train", "--data", str(folder / "training.parquet"), "--target", "y"]
+    arguments += ["--task", "classification", "--members", str(members), "--epochs", "2"]
+    arguments += ["--batch-size", "256", "--out", str(folder / "run")]
+    subprocess.run([sys.executable, "-m", "unisono.cli", *arguments], check=True)
+
+
+def measure(folder: Path, rounds: int) -> dict[str, Any]:
+    """Run every contender in a process of its own, in turns, and compare what they wrote."""
+    rows, run = folder / "rows.parquet", folder / "run"
+    outputs = {name: folder / f"{name}.parquet" for name in CONTENDERS}
+    ends = [str(run), "--input", str(rows), "--output"]
+    commands = {
+        UNISONO: [sys.executable, "-m", "unisono.cli", "predict", *ends, str(outputs[UNISONO])]
+    }
+    for name in CONTENDERS[1:]:
+        own = ["--folder", str(folder), "--child", name, "--output", str(outputs[name])]
+        commands[name] = [sys.executable, "-m", "benchmarks.predict_table", *own]
+    found: dict[str, Any] = {n: {"seconds": [], "cpu_seconds": [], "peak_mb": []} for n in commands}
+    for turn in range(rounds):
+        for name in [*CONTENDERS][turn % 4 :] + [*CONTENDERS][: turn % 4]:
+            own = run_process(commands[name])
+            for what, value in own.items():
+                found[name][what].append(value)
+            print(f"round {turn + 1}, {name}: {own['seconds']:.1f} s", flush=True)
+        if turn == 0:
+            compare(outputs[UNISONO], outputs[LOOP])
+    return found
+
+
+def run_process(arguments: list[str]) -> dict[str, float]:
+    """Seconds, seconds of all its threads, and megabytes of one process."""
+    started = time.perf_counter()
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - started
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(arguments)} ended with {process.returncode}")
+    return {
+        "seconds": seconds,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_mb": usage.ru_maxrss / 1e3,  # kilobytes on Linux
+    }
+
+
+def compare(ours: Path, loops: Path) -> None:
+    """Raise unless two files of results hold the same numbers."""
+    one, other = pq.read_table(ours), pq.read_table(loops)
+    assert one.schema == other.schema
+    for name in one.column_names:
+        if pa.types.is_floating(one.schema.field(name).type):
+            pair = (torch.from_numpy(table[name].to_numpy()) for table in (one, other))
+            torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-5)  # computed in float32
+    differ = int((one["prediction"].to_numpy() != other["prediction"].to_numpy()).sum())
+    assert differ <= len(one) / 1e5, f"{differ} predictions differ"  # probabilities of 0.5
+    print(f"all {len(one):,} rows of unisono equal the loop's")
+
+
+def child(options: argparse.Namespace) -> None:
+    """Be one of the contenders, in this process."""
+    folder: Path = options.folder
+    if options.child == SKLEARN:
+        predict_whole_file(folder, options.output)
+        return
+    if options.child == LOOP:
+        command.load_estimator = load_loop  # type: ignore[assignment]
+    else:
+        command.load_estimator = lambda *_: BaggedMLPs(folder)  # type: ignore[assignment]
+    request = command.PredictRequest(
+        folder / "run", str(folder / "rows.parquet"), str(options.output), device="cpu"
+    )
+    command.run_predict(request, Console(stderr=True, quiet=True))
+
+
+def bagged_mlps(folder: Path) -> Any:
+    """As many networks as the run has, with the same layers."""
+    from sklearn.ensemble import BaggingClassifier
+    from sklearn.neural_network import MLPClassifier
+
+    members = run_folder.RunFolder(folder / "run").metrics()["members"]
+    network = MLPClassifier(EnsembleClassifier().hidden_layer_sizes, max_iter=2, random_state=0)
+    return BaggingClassifier(network, n_estimators=members, random_state=0)
+
+
+def predict_whole_file(folder: Path, output: Path) -> None:
+    """What a user of scikit-learn writes."""
+    import pandas as pd
+    from sklearn.compose import ColumnTransformer
+    from sklearn.impute import SimpleImputer
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import OneHotEncoder, StandardScaler
+
+    numbers = make_pipeline(SimpleImputer(strategy="median", add_indicator=True), StandardScaler())
+    texts = OneHotEncoder(handle_unknown="ignore", sparse_output=False)
+    columns = ColumnTransformer(
+        [
+            ("numbers", numbers, [f"x{k}" for k in range(6)]),
+            ("texts", texts, [f"c{k}" for k in range(4)]),
+        ]
+    )
+    pipeline = make_pipeline(columns, bagged_mlps(folder))
+    training = pd.read_parquet(folder / "training.parquet").iloc[:2000]  # as fast, however trained
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it hasn't converged
+        pipeline.fit(training.drop(columns="y"), training["y"])
+    rows = pd.read_parquet(folder / "rows.parquet", columns=columns.feature_names_in_.tolist())
+    shares = pipeline.predict_proba(rows)
+    names = [f"probability_{label}" for label in pipeline.classes_]
+    found = pd.DataFrame(shares, columns=names)
+    found.insert(0, "prediction", pipeline.classes_[shares.argmax(1)])
+    found.to_parquet(output)
+
+
+def load_loop(*arguments: Any) -> Loop:
+    """The members of a run as ordinary modules."""
+    return Loop(table_estimator.load_estimator(*arguments))
+
+
+class Loop:
+    """A loop over the members instead of the ensemble."""
+
+    def __init__(self, estimator: Any) -> None:
+        self.members = estimator.ensemble_.unstack()
+        self.rows = rows_at_once(estimator.ensemble_, estimator.n_features_in_)
+
+    def predict_uncertainty(self, features: np.ndarray[Any, Any]) -> Uncertainty:
+        """As the estimator's, in chunks of as many rows."""
+        parts = []
+        with torch.inference_mode():
+            for rows in torch.from_numpy(features).split(self.rows):
+                outputs = torch.stack([member(rows) for member in self.members])
+                parts.append(classification(outputs))
+        return Uncertainty(*(torch.cat(own).numpy() for own in zip(*parts, strict=True)))
+
+
+class BaggedMLPs:
+    """scikit-learn's own in the place of an estimator of unisono."""
+
+    def __init__(self, folder: Path) -> None:
+        run = run_folder.RunFolder(folder / "run")
+        columns = run.description.columns
+        with open_rows(str(folder / "training.parquet"), columns, ["y"]) as rows:
+            batch = next(rows.batches).slice(0, 2000)
+        values, _ = encode(batch, columns)
+        features = to_features(run.preprocessing(), values)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            labels = batch["y"].to_numpy(zero_copy_only=False)
+            self.bagged = bagged_mlps(folder).fit(features, labels)
+
+    def predict_uncertainty(self, features: np.ndarray[Any, Any]) -> Uncertainty:
+        """Mean probabilities; there is nothing to fill the rest with."""
+        shares = self.bagged.predict_proba(features)
+        nothing = np.zeros(len(features))
+        return Uncertainty(shares, nothing, nothing, nothing)
+
+
+def report(found: dict[str, Any], options: argparse.Namespace) -> str:
+    """The table for people."""
+    machine = describe_machine(torch.device("cpu"))
+    ours = statistics.median(found[UNISONO]["seconds"])
+    lines = [
+        "",
+        (
+            f"{options.rows:,} rows, {options.members} members, median of {options.rounds}, "
+            f"{machine['cpu']}, {torch.get_num_threads()} threads, torch {machine['torch']}"
+        ),
+        "",
+        "| | seconds | rows a second | this / unisono | seconds of all threads | peak memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, own in found.items():
+        seconds = statistics.median(own["seconds"])
+        lines.append(
+            f"| {name} | {seconds:.1f} | {options.rows / seconds:,.0f} | {seconds / ours:.2f} | "
+            f"{statistics.median(own['cpu_seconds']):.1f} | {max(own['peak_mb']):.0f} MB |"
+        )
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=2_000_000)
+    parser.add_argument("--members", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=Path("build/predict_table"))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", choices=CONTENDERS[1:], help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    main()
