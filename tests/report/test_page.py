@@ -1,6 +1,7 @@
 """The page: valid, alone, escaped, the same each time, and with all its parts."""
 
 import re
+import sys
 from html import escape
 
 import html5lib
@@ -211,3 +212,13 @@ def test_the_most_uncertain_rows_come_first(make_run):
     assert len(heads) == 20
     assert heads[0].startswith("85 c a 33.33 % 2 of 2 1.099 1.099 ")
     assert heads[1].startswith("20 b a 49.99 % 1 of 2 0.6943 0.002")
+
+
+def test_without_matplotlib_the_extra_is_named(make_run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    message = (
+        "a report needs the package matplotlib, from the extra `plots`: pip install "
+        '"unisono[plots]"'
+    )
+    with pytest.raises(ImportError, match=f"^{re.escape(message)}$"):
+        render(make_run())
