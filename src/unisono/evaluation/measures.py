@@ -96,7 +96,9 @@ class Measures:
         """Measure a minibatch of the data."""
         reading = self._reader.read(outputs, targets)
         for name, values in reading.row_values.items():
-            _on(values.device, self._row_means.setdefault(name, RowMean())).update(values)
+            if name not in self._row_means:
+                self._row_means[name] = RowMean()
+            _on(values.device, self._row_means[name]).update(values)
         device = reading.predictions.device
         for metric in self._metrics.values():
             _on(device, metric).update(reading.predictions, reading.targets)
