@@ -1,7 +1,13 @@
-"""Settings of the tests of the commands."""
+"""Settings of the tests of the commands, and runs that several of them read."""
 
 import pytest
 import torch
+from rich.console import Console
+
+from small_tables import cancer_frame, diabetes_frame
+from unisono.commands.train_table import TableRequest, run_train_table
+
+QUICK = {"members": 3, "epochs": 3, "device": "cpu", "patience": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -11,3 +17,32 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tables(tmp_path_factory):
+    """A folder with cancer.csv, cancer.parquet, diabetes.csv and diabetes.parquet."""
+    folder = tmp_path_factory.mktemp("tables")
+    for name, frame in (("cancer", cancer_frame()), ("diabetes", diabetes_frame())):
+        frame.to_csv(folder / f"{name}.csv", index=False)
+        frame.to_parquet(folder / f"{name}.parquet", index=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cancer_run(tables):
+    """The folder of a classification."""
+    return _train(tables, "cancer.csv", "kind", "classification")
+
+
+@pytest.fixture(scope="session")
+def diabetes_run(tables):
+    """The folder of a regression."""
+    return _train(tables, "diabetes.csv", "target", "regression")
+
+
+def _train(tables, name, target, task):
+    out = tables / "runs" / name
+    request = TableRequest(tables / name, target, task, out=out, **QUICK)
+    run_train_table(request, Console(quiet=True))
+    return out

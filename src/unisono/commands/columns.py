@@ -181,7 +181,7 @@ def _as_category(name: str, values: ChunkedArray, *, chosen: bool) -> Column | s
     try:
         texts = values.cast(kind).cast(type_).cast(pa.string())
     except pa.ArrowInvalid as error:
-        raise ArgumentError(f"--categorical {name}: these aren't whole numbers: {error}") from error
+        raise ArgumentError(f"--categorical {name}: its numbers aren't whole") from error
     except pa.ArrowNotImplementedError as error:
         raise ArgumentError(f"--categorical {name}: {kind} can't be categories") from error
     found = sorted(pc.unique(pc.drop_null(texts)).to_pylist())

@@ -76,7 +76,7 @@ def read_all(where: Path, file: BinaryIO) -> Table:
             pa_csv.ConvertOptions(null_values=MISSING, strings_can_be_null=True),
         )
     except pa.ArrowInvalid as error:
-        raise explain(where, error, names) from error
+        raise explain(where, error, names, wanted=names) from error
     if pa.binary() in table.schema.types:
         raise _not_utf8(where)
     return table

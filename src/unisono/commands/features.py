@@ -148,14 +148,26 @@ def wrong_types(schema: Schema, columns: Sequence[Column]) -> list[str]:
         >>> import pyarrow as pa
         >>> age = Column("age", "number", "double", False)
         >>> wrong_types(pa.schema({"age": pa.string()}), [age])
-        ["column 'age' holds string; training had numbers"]
+        ["column 'age' holds texts; training had numbers"]
     """
     had = {"double": "numbers", "int64": "whole numbers", "bool": "booleans", "string": "texts"}
     return [
-        f"column {column.name!r} holds {kind}; training had {had[column.type]}"
+        f"column {column.name!r} holds {_what(kind)}; training had {had[column.type]}"
         for column in columns
         if not _fits(column, kind := schema.field(column.name).type)
     ]
+
+
+def _what(kind: DataType) -> str:
+    """Values of a type, in the words of the messages."""
+    import pyarrow.types as is_type
+
+    kind = value_type(kind)
+    if is_text(kind):
+        return "texts"
+    if is_number(kind):
+        return "numbers"
+    return "booleans" if is_type.is_boolean(kind) else str(kind)
 
 
 def _fits(column: Column, kind: DataType) -> bool:

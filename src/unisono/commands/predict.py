@@ -141,7 +141,7 @@ def _predict(request: PredictRequest, progress: Console) -> tuple[int, list[str]
                     writer.write(results)
                 advance(part.rows)
             stream.check(request.input)
-    return stream.rows, [f"not in the training: {finding}" for finding in stream.findings]
+    return stream.rows, [f"training never saw: {finding}" for finding in stream.findings]
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,7 +266,7 @@ class Stream:
             ignore = all(finding.what != "infinite" for finding in refused)
             remedy = "; add --unseen ignore to predict nevertheless" if ignore else ""
             facts = "; ".join(str(finding) for finding in refused)
-            raise ArgumentError(f"{name} has values that were not in the training: {facts}{remedy}")
+            raise ArgumentError(f"{name} has values that training never saw: {facts}{remedy}")
 
     def _refused(self, findings: list[Finding] | None = None) -> list[Finding]:
         """Those of the findings that can't be predicted."""

@@ -29,9 +29,8 @@ def run_report(run: Path, out: Path | None) -> Path:
     target = run / REPORT if out is None else out
     if target.is_dir():
         raise ArgumentError(f"--out {target} is a folder; give a file")
-    if not target.parent.is_dir():
-        where = "" if out is None else f"--out {target}: "
-        raise ArgumentError(f"{where}there is no folder {target.parent}")
+    if out is not None and not out.parent.is_dir():
+        raise ArgumentError(f"--out {out}: there is no folder {out.parent}")
     page = render(read_run(run))
     try:
         with replacing(target) as new:

@@ -186,7 +186,7 @@ class RunFolder:
             )
         except KeyError as error:
             raise self.damaged(TEST_OUTPUTS, f"it has no tensor {error}") from error
-        sizes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        sizes = {name: tuple(tensor.shape) for name, tensor in sorted(tensors.items())}
         rows = len(found.targets) if found.targets.ndim == 1 else -1
         if found.outputs.ndim != 3 or found.outputs.shape[1] != rows or len(found.rows) != rows:
             raise self.damaged(TEST_OUTPUTS, f"shapes that don't belong together: {sizes}")
