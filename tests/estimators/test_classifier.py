@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.exceptions import NotFittedError
 from torch import nn
 
 from unisono import sampling, uncertainty
@@ -51,8 +52,8 @@ def test_rows_in_chunks_are_what_they_are_at_once(fitted, monkeypatch):
 
 
 def test_the_number_of_rows_at_once_goes_by_the_widest_layer(fitted):
-    assert rows_at_once(fitted.ensemble_, 4) == 2**20 // (3 * 8)
-    assert rows_at_once(fitted.ensemble_, 1000) == 2**20 // (3 * 1000)
+    assert rows_at_once(fitted.ensemble_, 4) == 2**21 // (8 * 3 * 8)
+    assert rows_at_once(fitted.ensemble_, 1000) == 2**21 // (8 * 3 * 1000)
     assert rows_at_once(fitted.ensemble_, 10**9) == 64
 
 
@@ -274,3 +275,19 @@ def test_wrong_data():
 def test_one_member_is_an_ensemble_without_disagreement():
     model = EnsembleClassifier(**{**SMALL, "n_members": 1}).fit(X, Y)
     assert (model.predict_uncertainty(X).epistemic == 0).all()
+
+
+def test_a_fit_that_is_interrupted_leaves_no_half_fitted_estimator(monkeypatch):
+    model = EnsembleClassifier(**SMALL).fit(X, Y)
+    with pytest.raises(ValueError, match="Input X contains NaN"):
+        model.fit(np.full_like(X, np.nan), Y)
+    model.predict(X)  # the wrong data did no harm
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("unisono.estimators.base.train", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(X, np.where(Y == "no", "a", "b"))
+    with pytest.raises(NotFittedError):
+        model.predict(X)

@@ -52,14 +52,14 @@ class EnsembleEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn is
         *,
         n_members: int = 10,
         sampling: str | Sampling = "shuffled",
-        hidden_layer_sizes: Sequence[int] = (128, 128),
+        hidden_layer_sizes: Sequence[int] = (64, 64),
         dropout: float = 0.0,
-        learning_rate: float | Sequence[float] = 1e-3,
-        weight_decay: float | Sequence[float] = 1e-2,
+        learning_rate: float | Sequence[float] = 3e-3,
+        weight_decay: float | Sequence[float] = 0.1,
         batch_size: int = 64,
         max_epochs: int = 100,
         validation_fraction: float = 0.1,
-        patience: int | None = 10,
+        patience: int | None = 5,
         min_delta: float = 2e-3,
         random_state: Any = None,
         device: str | torch.device = "cpu",
@@ -139,7 +139,9 @@ class EnsembleEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn is
         self._is_gaussian, self._n_outputs = plan.is_gaussian, n_outputs
         return build_members(plan, settings, self._seed).eval()
 
-    def _draw_seed(self) -> None:
+    def _begin(self) -> None:
+        """Forget old members: a fit that doesn't end leaves an estimator that isn't fitted."""
+        self.__dict__.pop("ensemble_", None)
         self._seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
 
     def _fit_rows(
@@ -178,7 +180,7 @@ class EnsembleEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn is
     ) -> None:
         """Go once through rows of positive weight, with new members if there are none yet."""
         if not hasattr(self, "ensemble_"):
-            self._draw_seed()
+            self._begin()
             self.ensemble_ = self._build("partial_fit", settings, x, n_outputs)
             self._optimizer = None
             self._moments, self._calls = None, 0

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from sklearn.base import ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import column_or_1d
+from sklearn.utils.validation import check_is_fitted, column_or_1d
 from torch import Tensor
 
 from unisono import combine
@@ -109,7 +109,7 @@ class EnsembleClassifier(ClassifierMixin, EnsembleEstimator):  # type: ignore[mi
         x, y, weights = with_weight(x, y, weights)
         codes = labels.encode("", y)
         self._check_several(labels, codes)
-        self._draw_seed()
+        self._begin()
         self._set_classes(labels)
         keys = codes if codes.ndim == 1 else np.unique(codes, axis=0, return_inverse=True)[1]
         self._fit_rows(
@@ -253,9 +253,11 @@ class EnsembleClassifier(ClassifierMixin, EnsembleEstimator):  # type: ignore[mi
             - X: (B, F)
             - y: (B) or (B, columns)
         """
-        predicted = self.predict(X)
-        right = predicted == np.asarray(y).reshape(predicted.shape)
-        return float(np.average(right.reshape(len(right), -1).all(1), weights=sample_weight))
+        check_is_fitted(self, "ensemble_")
+        if self._labels.is_single:
+            return float(super().score(X, y, sample_weight))
+        right = (self.predict(X) == np.asarray(y)).all(1)
+        return float(np.average(right, weights=sample_weight))
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

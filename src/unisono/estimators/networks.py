@@ -14,8 +14,8 @@ _SMALLEST_VARIANCE = 1e-6  # of standardised targets
 class Standardise(nn.Module):
     """Shift and scale each column: ``(x - mean) / scale``, by statistics of the training data.
 
-    The estimators fill `mean` and `scale` of every layer of this class that a member has, with the
-    same numbers for all members. A new layer changes nothing.
+    The estimators fill `mean` and `scale` of every layer of this class in a member, if it is
+    as wide as X, with the same numbers for all members. A new layer changes nothing.
 
     Args:
         n_features: Number of columns.
@@ -70,7 +70,7 @@ class TabularMLP(nn.Module):
         self,
         n_features: int,
         n_outputs: int,
-        hidden_layer_sizes: Sequence[int] = (128, 128),
+        hidden_layer_sizes: Sequence[int] = (64, 64),
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -85,14 +85,15 @@ class TabularMLP(nn.Module):
 
 
 class GaussianMLP(nn.Module):
-    """Two networks, one for the mean and a smaller one for the variance of each target.
+    """A `TabularMLP` that predicts a mean and a variance of each target.
 
-    The variance has hidden units of its own, so that what it learns doesn't disturb the mean.
+    The variance is a linear function of the last hidden units, through softplus, and doesn't train
+    them: what it learns leaves the mean as it would be without it.
 
     Args:
         n_features: Number of columns.
         n_outputs: Number of targets.
-        hidden_layer_sizes: Width of each hidden layer of the mean; the variance has the first.
+        hidden_layer_sizes: Width of each hidden layer; none for a linear model.
         dropout: Probability with which a hidden unit is left out in training.
 
     Shape:
@@ -109,22 +110,20 @@ class GaussianMLP(nn.Module):
         self,
         n_features: int,
         n_outputs: int,
-        hidden_layer_sizes: Sequence[int] = (128, 128),
+        hidden_layer_sizes: Sequence[int] = (64, 64),
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.standardise = Standardise(n_features)
         self.hidden, width = _hidden_layers(n_features, hidden_layer_sizes, dropout)
         self.mean = nn.Linear(width, n_outputs)
-        first = tuple(hidden_layer_sizes)[:1]
-        self.variance_hidden, width = _hidden_layers(n_features, first, dropout)
         self.variance = nn.Linear(width, n_outputs)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance."""
-        x = self.standardise(x)
-        raw = self.variance(self.variance_hidden(x))
-        return self.mean(self.hidden(x)), F.softplus(raw) + _SMALLEST_VARIANCE
+        units = self.hidden(self.standardise(x))
+        variance = F.softplus(self.variance(units.detach())) + _SMALLEST_VARIANCE
+        return self.mean(units), variance
 
 
 def _hidden_layers(width: int, sizes: Sequence[int], dropout: float) -> tuple[nn.Sequential, int]:

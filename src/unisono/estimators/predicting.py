@@ -12,7 +12,7 @@ from torch import Tensor
 from unisono.ensemble import Ensemble
 from unisono.estimators.moments import Array
 
-_ELEMENTS: Final = 2**20  # of the widest activation of all members: it stays in a core's cache
+_BYTES: Final = 2**21  # of the widest activation of all members: it stays in a core's cache
 
 
 def predict_rows(
@@ -57,7 +57,8 @@ def rows_at_once(ens: Ensemble, n_features: int) -> int:
     """
     own = [p.shape if name in ens.shared else p.shape[1:] for name, p in _parameters(ens)]
     widest = max([n_features, *(shape[0] for shape in own if len(shape))])
-    return max(64, _ELEMENTS // (len(ens) * widest))
+    size = next(ens.parameters()).element_size()
+    return max(64, _BYTES // (size * len(ens) * widest))
 
 
 def _parameters(ens: Ensemble) -> list[tuple[str, Tensor]]:

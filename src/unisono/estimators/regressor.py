@@ -108,7 +108,7 @@ class EnsembleRegressor(RegressorMixin, EnsembleEstimator):  # type: ignore[misc
         """
         settings = self._settings("fit")
         x, y, weights = self._checked("fit", X, y, sample_weight, reset=True)
-        self._draw_seed()
+        self._begin()
         self._is_single = y.ndim == 1
         self._target_moments = moments(y.reshape(len(y), -1), weights)
         self._set_target_scale()
