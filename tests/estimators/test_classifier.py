@@ -7,6 +7,7 @@ from torch import nn
 from unisono import sampling, uncertainty
 from unisono.estimators import EnsembleClassifier, Standardise
 from unisono.estimators.predicting import rows_at_once
+from unisono.estimators.rows import hold_out
 from unisono.uncertainty import Uncertainty
 
 RNG = np.random.default_rng(0)
@@ -103,6 +104,35 @@ def test_early_stopping_holds_out_rows_and_puts_the_best_weights_back():
     assert EnsembleClassifier(**SMALL).fit(x[:90], y[:90]).history_.validation_loss is None
 
 
+def test_held_out_rows_have_the_classes_in_their_shares(monkeypatch):
+    seen = []
+
+    def spy(num_rows, fraction, keys, seed):
+        seen.append(keys)
+        return hold_out(num_rows, fraction, keys, seed)
+
+    monkeypatch.setattr("unisono.estimators.training.hold_out", spy)
+    EnsembleClassifier(**SMALL).fit(X, Y)
+    EnsembleClassifier(**SMALL).fit(X, np.stack([Y, X[:, 1] > 0], 1))
+    assert seen[0].tolist() == (Y == "yes").tolist()
+    assert sorted(set(seen[1])) == [0, 1, 2, 3]  # each pair of labels
+
+
+def test_the_order_of_the_rows_is_new_in_each_call_of_partial_fit(monkeypatch):
+    seeds = []
+
+    def spy(ens, optimizer, data, task, settings, seed):
+        seeds.append(seed)
+
+    monkeypatch.setattr("unisono.estimators.base.train_on", spy)
+    for random_state in (0, 0, 1):
+        model = EnsembleClassifier(**{**SMALL, "random_state": random_state})
+        for _ in range(3):
+            model.partial_fit(X, Y, classes=["no", "yes"])
+    assert seeds[:3] == seeds[3:6]
+    assert len(set(seeds)) == 6
+
+
 def in_full_batches():
     return EnsembleClassifier(**{**SMALL, "max_epochs": 30, "batch_size": 1000, "patience": None})
 
@@ -126,6 +156,7 @@ def test_the_scale_of_the_weights_does_not_matter():
     one = in_full_batches().fit(X, Y, sample_weight=weights)
     other = in_full_batches().fit(X, Y, sample_weight=1000 * weights)
     np.testing.assert_allclose(one.predict_proba(X), other.predict_proba(X), rtol=1e-6)
+    np.testing.assert_allclose(one.history_.loss, other.history_.loss, rtol=1e-6)  # Adam hides it
     equal = in_full_batches().fit(X, Y, sample_weight=np.full(len(X), 5))
     plain = in_full_batches().fit(X, Y)
     np.testing.assert_array_equal(equal.predict_proba(X), plain.predict_proba(X))

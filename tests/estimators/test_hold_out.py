@@ -25,6 +25,14 @@ def test_classes_are_held_out_in_their_shares():
     assert set(other) != set(held_out)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_class_that_stands_once_trains(seed):
+    keys = np.repeat([0, 1, 2], [50, 1, 49])
+    train, held_out = hold_out(100, 0.5, keys, seed)
+    assert 50 in train
+    assert len(held_out) == 49
+
+
 def test_numbers_are_held_out_from_low_to_high():
     keys = np.random.default_rng(0).normal(size=1000)
     _, held_out = hold_out(1000, 0.1, keys, seed=0)
