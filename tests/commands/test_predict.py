@@ -3,8 +3,10 @@
 import contextlib
 import errno
 import io
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,11 +22,12 @@ from rich.console import Console
 
 from small_tables import FEATURES, cancer_frame, diabetes_frame
 from unisono.commands import table_files
+from unisono.commands.columns import Column
 from unisono.commands.features import encode
 from unisono.commands.outcome import ArgumentError, CommandError, Interrupted
 from unisono.commands.predict import PredictRequest, Stream, run_predict
-from unisono.commands.preprocessing import to_features
-from unisono.commands.run_folder import RunFolder
+from unisono.commands.preprocessing import fit_preprocessing, to_features, to_skops
+from unisono.commands.run_folder import PREPROCESSING, RUN, RunFolder, pack
 from unisono.commands.table_estimator import load_estimator
 
 SOURCE = Path(__file__).parents[2] / "src"
@@ -206,6 +209,24 @@ def test_a_factory_is_imported_only_on_request(tables, tmp_path, monkeypatch):
         predict(run, source, tmp_path / "out.csv", model="nets:other")
     predict(run, source, tmp_path / "out.csv", model="wide_nets:make")
     assert (frame_of(tmp_path / "out.csv")["aleatoric"] == 0).all()
+
+
+def test_a_preprocessing_of_another_run_is_found(cancer_run, diabetes_run, tables, tmp_path):
+    run = shutil.copytree(cancer_run, tmp_path / "run")
+    columns = [Column(name, "number", "double", False) for name in FEATURES]
+    fitted = fit_preprocessing(np.random.default_rng(0).normal(size=(9, 4)), columns)
+    about = RunFolder(run).description
+    names = json.loads((run / RUN).read_text())["files"]
+    contents = {name: (run / name).read_bytes() for name in names}
+    contents[PREPROCESSING] = to_skops(fitted)
+    for name, content in pack(about, contents).items():
+        (run / name).write_bytes(content)
+    message = (
+        r"preprocessing\.skops can't be used: its features aren't those of model\.safetensors: X"
+    )
+    with pytest.raises(ArgumentError, match=message):
+        predict(run, tables / "cancer.csv", tmp_path / "out.csv")
+    assert os.listdir(tmp_path) == ["run"]
 
 
 # Values that training never saw -------------------------------------------------------------------
@@ -455,6 +476,19 @@ def test_an_interrupt_leaves_no_file(cancer_run, tables, tmp_path, monkeypatch):
     with pytest.raises(Interrupted, match=r"^interrupted; nothing was written$"):
         predict(cancer_run, tables / "cancer.csv", tmp_path / "out.csv")
     assert os.listdir(tmp_path) == []
+
+
+def test_several_threads_say_nothing(cancer_run, tables, tmp_path):
+    arguments = ["predict", str(cancer_run), "--input", str(tables / "cancer.csv")]
+    done = subprocess.run(
+        [sys.executable, "-m", "unisono.cli", *arguments, "--output", str(tmp_path / "out.csv")],
+        env=os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "4"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+    assert done.stdout.startswith("predicted 569 rows in ")
 
 
 def test_ctrl_c_leaves_no_file_and_exits_130(cancer_run, tables, tmp_path):

@@ -285,7 +285,7 @@ BAD_FILES = [
     (
         "a,y\n" + BODY,
         "regression",
-        ("--target y: string isn't a number; classes are learnt with --task classification"),
+        ("--target y: string is no number; classes are learnt with --task classification"),
     ),
     (
         "a,y\n" + "".join(f"{k},{k + 0.5}\n" for k in range(40)),
@@ -350,6 +350,15 @@ def test_ctrl_c_leaves_nothing(tables, tmp_path, monkeypatch):
     with pytest.raises(Interrupted, match=r"^interrupted; nothing was written$"):
         train(tables / "cancer.csv", out=tmp_path / "run")
     assert os.listdir(tmp_path) == []
+
+
+def test_the_defaults_are_those_of_the_estimator():
+    request, estimator = TableRequest(), EnsembleClassifier()
+    assert request.epochs == estimator.max_epochs
+    assert request.batch_size == estimator.batch_size
+    assert request.patience == estimator.patience
+    assert request.sampling == estimator.sampling
+    assert [float(rate) for rate in request.lr] == [estimator.learning_rate]
 
 
 def test_a_request_has_the_fields_of_its_docstring():

@@ -101,12 +101,13 @@ def train(
         ),
     ] = _DEFAULT.seed,
     lr: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             help="Learning rate of Adam; given several times, one for each member; "
-            "log:1e-4:1e-1 spreads the members' rates over that range."
+            "log:1e-4:1e-1 spreads the members' rates over that range.",
+            show_default=f"{_DEFAULT.lr[0]}; tables: {_TABLE.lr[0]}",
         ),
-    ] = list(_DEFAULT.lr),  # noqa: B006 - typer copies it; it takes no tuple here
+    ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -159,7 +160,7 @@ def train(
                 members=members,
                 epochs=_TABLE.epochs if epochs is None else epochs,
                 seed=seed,
-                lr=tuple(lr),
+                lr=tuple(lr or _TABLE.lr),
                 batch_size=_TABLE.batch_size if batch_size is None else batch_size,
                 device=device,
                 out=out,
@@ -183,7 +184,7 @@ def train(
             members,
             _DEFAULT.epochs if epochs is None else epochs,
             seed,
-            tuple(lr),
+            tuple(lr or _DEFAULT.lr),
             _DEFAULT.batch_size if batch_size is None else batch_size,
             device,
             out,

@@ -28,7 +28,7 @@ from unisono.commands.in_order import map_in_order
 from unisono.commands.outcome import ArgumentError, Interrupted
 from unisono.commands.preprocessing import to_features
 from unisono.commands.result_files import check_output, open_results, result_schema
-from unisono.commands.run_folder import Description, RunFolder
+from unisono.commands.run_folder import MODEL, PREPROCESSING, Description, RunFolder
 from unisono.commands.table_estimator import load_estimator
 from unisono.commands.table_files import STANDARD, SUFFIXES, is_table, open_rows
 
@@ -117,6 +117,13 @@ def _predict(request: PredictRequest, progress: Console) -> tuple[int, list[str]
         folder.preprocessing(),
         load_estimator(folder, request.model, choose_device(request.device)),
     )
+    try:
+        # Here and not first on several threads: what the first call of a process prepares silences
+        # warnings, which isn't safe there.
+        model.predict(np.zeros((1, len(run.columns))))
+    except (ValueError, RuntimeError) as error:
+        fault = f"its features aren't those of {MODEL}: {' '.join(str(error).split())}"
+        raise folder.damaged(PREPROCESSING, fault) from error
     everything = EVERY_COLUMN in request.keep
     keep = None if everything else request.keep
     with open_rows(request.input, run.columns, keep) as rows:
@@ -127,7 +134,7 @@ def _predict(request: PredictRequest, progress: Console) -> tuple[int, list[str]
         schema = result_schema(kept, model.schema())
         stream = Stream(model, schema, kept.names, refuse=request.unseen == "error")
         with (
-            _progress(progress, rows.total) as advance,
+            _progress(progress, rows.total, shown=request.output != STANDARD) as advance,
             open_results(request.output, schema) as writer,
             closing(
                 map_in_order(
@@ -275,9 +282,14 @@ class Stream:
 
 
 @contextlib.contextmanager
-def _progress(console: Console, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Give a function to tell how many rows were done; shown in a terminal only."""
-    if not console.is_terminal:
+def _progress(
+    console: Console, total: int | None, *, shown: bool
+) -> Iterator[Callable[[int], None]]:
+    """Give a function to tell how many rows were done; shown in a terminal only.
+
+    Not beside results on standard output: those that show up in the terminal would tear the bar.
+    """
+    if not (shown and console.is_terminal):
         yield lambda rows: None
         return
     bar = Progress(

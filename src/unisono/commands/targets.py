@@ -104,7 +104,7 @@ def _numbers(column: ChunkedArray, name: str) -> Target:
     kind = value_type(column.type)
     if not is_number(kind):
         raise ArgumentError(
-            f"--target {name}: {kind} isn't a number; classes are learnt with --task classification"
+            f"--target {name}: {kind} is no number; classes are learnt with --task classification"
         )
     values = column.cast("double").to_numpy(zero_copy_only=False)
     infinite = np.isinf(values)

@@ -67,14 +67,14 @@ class TableRequest:
     drop: tuple[str, ...] = ()
     model: str = "mlp"
     members: int | None = None
-    epochs: int = 200
+    epochs: int = 100
     seed: int = 0
-    lr: tuple[str, ...] = ("1e-3",)
+    lr: tuple[str, ...] = ("3e-3",)
     batch_size: int = 64
     device: str = "auto"
     out: Path | None = None
     sampling: str = "shuffled"
-    patience: int = 15
+    patience: int = 5
 
 
 def run_train_table(request: TableRequest, progress: Console) -> TrainReport:
