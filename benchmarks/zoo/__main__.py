@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--page", type=Path, help="write the page of the docs, if all is done")
     parser.add_argument("--largest", type=int, default=70_000_000, help="parameters; torchvision")
     parser.add_argument("--seconds", type=float, default=600, help="limit for one model")
-    parser.add_argument("--gigabytes", type=float, default=12, help="limit for one model")
+    parser.add_argument("--gigabytes", type=float, default=21, help="limit for one model")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser
 
