@@ -13,8 +13,10 @@ contender and round, start and imports included:
 - *scikit-learn, streamed*: the same networks inside of our command, with its reading, its
   preprocessing in float32, its threads and its batches.
 
-First all rows of the loop's file are compared with those of unisono. Memory is the largest resident
-set of the process, as the kernel counts it (Linux).
+The networks of scikit-learn are trained before, and read with joblib. Every contender predicts a
+file of one row too: what that takes is start and imports, and what the large file takes beyond it
+is the work on its rows. First all rows of the loop's file are compared with those of unisono.
+Memory is the largest resident set of the process, as the kernel counts it (Linux).
 """
 
 from __future__ import annotations
@@ -63,6 +65,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     make_table(folder / "rows.parquet", options.rows)
     train(folder, options.members)
+    train_sklearn(folder)
     found = measure(folder, options.rounds)
     print(report(found, options))
     if options.json:
@@ -93,6 +96,7 @@ def make_table(path: Path, rows: int) -> None:
         table = pa.table(columns)
         if writer is None:
             pq.write_table(table.slice(0, TRAINING_ROWS), path.with_name("training.parquet"))
+            pq.write_table(table.slice(0, 1), path.with_name("one.parquet"))
             writer = pq.ParquetWriter(path, table.schema)
         writer.write_table(table)
     assert writer is not None
@@ -109,25 +113,40 @@ def train(folder: Path, members: int) -> None:
 
 def measure(folder: Path, rounds: int) -> dict[str, Any]:
     """Run every contender in a process of its own, in turns, and compare what they wrote."""
-    rows, run = folder / "rows.parquet", folder / "run"
-    outputs = {name: folder / f"{name}.parquet" for name in CONTENDERS}
-    ends = [str(run), "--input", str(rows), "--output"]
-    commands = {
-        UNISONO: [sys.executable, "-m", "unisono.cli", "predict", *ends, str(outputs[UNISONO])]
-    }
-    for name in CONTENDERS[1:]:
-        own = ["--folder", str(folder), "--child", name, "--output", str(outputs[name])]
-        commands[name] = [sys.executable, "-m", "benchmarks.predict_table", *own]
-    found: dict[str, Any] = {n: {"seconds": [], "cpu_seconds": [], "peak_mb": []} for n in commands}
+    names = ("seconds", "start_seconds", "cpu_seconds", "peak_mb")
+    found: dict[str, Any] = {contender: {name: [] for name in names} for contender in CONTENDERS}
     for turn in range(rounds):
         for name in [*CONTENDERS][turn % 4 :] + [*CONTENDERS][: turn % 4]:
-            own = run_process(commands[name])
-            for what, value in own.items():
+            start = run_process(arguments(name, folder, "one"))
+            own = run_process(arguments(name, folder, "rows"))
+            for what, value in (own | {"start_seconds": start["seconds"]}).items():
                 found[name][what].append(value)
             print(f"round {turn + 1}, {name}: {own['seconds']:.1f} s", flush=True)
         if turn == 0:
-            compare(outputs[UNISONO], outputs[LOOP])
+            compare(output(UNISONO, folder, "rows"), output(LOOP, folder, "rows"))
     return found
+
+
+def output(name: str, folder: Path, rows: str) -> Path:
+    """What a contender writes."""
+    return folder / f"{name} of {rows}.parquet"
+
+
+def arguments(name: str, folder: Path, rows: str) -> list[str]:
+    """The command line of a contender for ``rows.parquet`` or ``one.parquet``."""
+    ends = [str(folder / f"{rows}.parquet"), "--output", str(output(name, folder, rows))]
+    if name == UNISONO:
+        return [
+            sys.executable,
+            "-m",
+            "unisono.cli",
+            "predict",
+            str(folder / "run"),
+            "--input",
+            *ends,
+        ]
+    own = ["--folder", str(folder), "--child", name, "--input", *ends]
+    return [sys.executable, "-m", "benchmarks.predict_table", *own]
 
 
 def run_process(arguments: list[str]) -> dict[str, float]:
@@ -163,14 +182,14 @@ def child(options: argparse.Namespace) -> None:
     """Be one of the contenders, in this process."""
     folder: Path = options.folder
     if options.child == SKLEARN:
-        predict_whole_file(folder, options.output)
+        predict_whole_file(folder, options.input, options.output)
         return
     if options.child == LOOP:
         command.load_estimator = load_loop  # type: ignore[assignment]
     else:
         command.load_estimator = lambda *_: BaggedMLPs(folder)  # type: ignore[assignment]
     request = command.PredictRequest(
-        folder / "run", str(folder / "rows.parquet"), str(options.output), device="cpu"
+        folder / "run", str(options.input), str(options.output), device="cpu"
     )
     command.run_predict(request, Console(stderr=True, quiet=True))
 
@@ -185,8 +204,9 @@ def bagged_mlps(folder: Path) -> Any:
     return BaggingClassifier(network, n_estimators=members, random_state=0)
 
 
-def predict_whole_file(folder: Path, output: Path) -> None:
-    """What a user of scikit-learn writes."""
+def train_sklearn(folder: Path) -> None:
+    """What its users write: one pipeline; and the networks alone, on our features."""
+    import joblib
     import pandas as pd
     from sklearn.compose import ColumnTransformer
     from sklearn.impute import SimpleImputer
@@ -195,23 +215,35 @@ def predict_whole_file(folder: Path, output: Path) -> None:
 
     numbers = make_pipeline(SimpleImputer(strategy="median", add_indicator=True), StandardScaler())
     texts = OneHotEncoder(handle_unknown="ignore", sparse_output=False)
-    columns = ColumnTransformer(
-        [
-            ("numbers", numbers, [f"x{k}" for k in range(6)]),
-            ("texts", texts, [f"c{k}" for k in range(4)]),
-        ]
-    )
-    pipeline = make_pipeline(columns, bagged_mlps(folder))
-    training = pd.read_parquet(folder / "training.parquet").iloc[:2000]  # as fast, however trained
+    parts = [
+        ("numbers", numbers, [f"x{k}" for k in range(6)]),
+        ("texts", texts, [f"c{k}" for k in range(4)]),
+    ]
+    pipeline = make_pipeline(ColumnTransformer(parts), bagged_mlps(folder))
+    frame = pd.read_parquet(folder / "training.parquet").iloc[:2000]  # as fast, however trained
+    run = run_folder.RunFolder(folder / "run")
+    columns = run.description.columns
+    with open_rows(str(folder / "training.parquet"), columns, ()) as rows:
+        values, _ = encode(next(rows.batches).slice(0, 2000), columns)
+    features = to_features(run.preprocessing(), values)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it hasn't converged
-        pipeline.fit(training.drop(columns="y"), training["y"])
-    rows = pd.read_parquet(folder / "rows.parquet", columns=columns.feature_names_in_.tolist())
+        joblib.dump(pipeline.fit(frame.drop(columns="y"), frame["y"]), folder / "pipeline.joblib")
+        joblib.dump(bagged_mlps(folder).fit(features, frame["y"]), folder / "bagged.joblib")
+
+
+def predict_whole_file(folder: Path, source: Path, target: Path) -> None:
+    """What a user of scikit-learn writes."""
+    import joblib
+    import pandas as pd
+
+    pipeline = joblib.load(folder / "pipeline.joblib")
+    rows = pd.read_parquet(source, columns=pipeline.feature_names_in_.tolist())
     shares = pipeline.predict_proba(rows)
     names = [f"probability_{label}" for label in pipeline.classes_]
     found = pd.DataFrame(shares, columns=names)
     found.insert(0, "prediction", pipeline.classes_[shares.argmax(1)])
-    found.to_parquet(output)
+    found.to_parquet(target)
 
 
 def load_loop(*arguments: Any) -> Loop:
@@ -240,28 +272,25 @@ class BaggedMLPs:
     """scikit-learn's own in the place of an estimator of unisono."""
 
     def __init__(self, folder: Path) -> None:
-        run = run_folder.RunFolder(folder / "run")
-        columns = run.description.columns
-        with open_rows(str(folder / "training.parquet"), columns, ["y"]) as rows:
-            batch = next(rows.batches).slice(0, 2000)
-        values, _ = encode(batch, columns)
-        features = to_features(run.preprocessing(), values)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            labels = batch["y"].to_numpy(zero_copy_only=False)
-            self.bagged = bagged_mlps(folder).fit(features, labels)
+        import joblib
+
+        self.bagged = joblib.load(folder / "bagged.joblib")
 
     def predict_uncertainty(self, features: np.ndarray[Any, Any]) -> Uncertainty:
         """Mean probabilities; there is nothing to fill the rest with."""
         shares = self.bagged.predict_proba(features)
-        nothing = np.zeros(len(features))
+        nothing = np.zeros(len(features), shares.dtype)
         return Uncertainty(shares, nothing, nothing, nothing)
 
 
 def report(found: dict[str, Any], options: argparse.Namespace) -> str:
     """The table for people."""
     machine = describe_machine(torch.device("cpu"))
-    ours = statistics.median(found[UNISONO]["seconds"])
+    median = {
+        name: {what: statistics.median(values) for what, values in own.items()}
+        for name, own in found.items()
+    }
+    on_rows = {name: own["seconds"] - own["start_seconds"] for name, own in median.items()}
     lines = [
         "",
         (
@@ -269,15 +298,20 @@ def report(found: dict[str, Any], options: argparse.Namespace) -> str:
             f"{machine['cpu']}, {torch.get_num_threads()} threads, torch {machine['torch']}"
         ),
         "",
-        "| | seconds | rows a second | this / unisono | seconds of all threads | peak memory |",
-        "|---|---|---|---|---|---|",
+        "| | seconds | / unisono | on the rows | / unisono | CPU seconds | memory |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for name, own in found.items():
-        seconds = statistics.median(own["seconds"])
-        lines.append(
-            f"| {name} | {seconds:.1f} | {options.rows / seconds:,.0f} | {seconds / ours:.2f} | "
-            f"{statistics.median(own['cpu_seconds']):.1f} | {max(own['peak_mb']):.0f} MB |"
-        )
+    for name, own in median.items():
+        cells = [
+            name,
+            f"{own['seconds']:.1f}",
+            f"{own['seconds'] / median[UNISONO]['seconds']:.2f}",
+            f"{on_rows[name]:.1f}",
+            f"{on_rows[name] / on_rows[UNISONO]:.2f}",
+            f"{own['cpu_seconds']:.1f}",
+            f"{max(found[name]['peak_mb']):.0f} MB",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -289,6 +323,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--folder", type=Path, default=Path("build/predict_table"))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", choices=CONTENDERS[1:], help=argparse.SUPPRESS)
+    parser.add_argument("--input", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     return parser
 

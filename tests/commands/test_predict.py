@@ -83,7 +83,7 @@ def test_predictions_equal_the_loop_over_the_members(cancer_run, tables, tmp_pat
         "epistemic": entropy - aleatoric,
     }
     for name, values in expected.items():
-        own = torch.tensor(found[name])
+        own = torch.tensor(found[name]).double()
         torch.testing.assert_close(own, values, rtol=1e-4, atol=1e-6, msg=name)  # in float32
 
 
@@ -111,7 +111,7 @@ def test_every_format_gives_the_same(cancer_run, tables, tmp_path):
             predict(cancer_run, tables / f"cancer.{source}", path)
     one, *others = [frame_of(path) for path in sorted(tmp_path.iterdir())]
     for other in others:
-        pd.testing.assert_frame_equal(one, other, check_dtype=False, rtol=1e-12)
+        pd.testing.assert_frame_equal(one, other, check_dtype=False, rtol=1e-6)  # float32
     metadata = pq.read_schema(tmp_path / "from_csv.parquet").metadata
     assert metadata[b"uncertainty"] == b"nats"
 

@@ -120,7 +120,7 @@ def _predict(request: PredictRequest, progress: Console) -> tuple[int, list[str]
     try:
         # Here and not first on several threads: what the first call of a process prepares silences
         # warnings, which isn't safe there.
-        model.predict(np.zeros((1, len(run.columns))))
+        example = model.predict(np.zeros((1, len(run.columns))))
     except (ValueError, RuntimeError) as error:
         fault = f"its features aren't those of {MODEL}: {' '.join(str(error).split())}"
         raise folder.damaged(PREPROCESSING, fault) from error
@@ -131,7 +131,7 @@ def _predict(request: PredictRequest, progress: Console) -> tuple[int, list[str]
 
         names = list(rows.schema.names) if everything else list(dict.fromkeys(request.keep))
         kept = pa.schema([rows.schema.field(name) for name in names])
-        schema = result_schema(kept, model.schema())
+        schema = result_schema(kept, model.schema(example))
         stream = Stream(model, schema, kept.names, refuse=request.unseen == "error")
         with (
             _progress(progress, rows.total, shown=request.output != STANDARD) as advance,
@@ -165,14 +165,14 @@ class Model:
     preprocessing: ColumnTransformer
     estimator: Any
 
-    def schema(self) -> Schema:
-        """The columns of the results."""
+    def schema(self, example: list[Any]) -> Schema:
+        """The columns of the results, as wide as the arrays of an example."""
         import pyarrow as pa
 
-        fields = [pa.field("prediction", self._classes().type if self.run.classes else "double")]
-        fields += [pa.field(f"probability_{label}", pa.float64()) for label in self.run.classes]
-        fields += [pa.field(name, pa.float64()) for name in ("total", "aleatoric", "epistemic")]
+        shares = [f"probability_{label}" for label in self.run.classes]
+        names = ["prediction", *shares, "total", "aleatoric", "epistemic"]
         unit = "nats" if self.run.classes else "standard deviation, in the unit of the target"
+        fields = [pa.field(*own) for own in zip(names, (a.type for a in example), strict=True)]
         return pa.schema(fields, metadata={"uncertainty": unit})
 
     def predict(self, values: np.ndarray[Any, np.dtype[np.float64]]) -> list[Any]:
@@ -186,18 +186,12 @@ class Model:
         found = self.estimator.predict_uncertainty(to_features(self.preprocessing, values))
         parts = [found.total, found.aleatoric, found.epistemic]
         if self.run.classes:
-            shares = np.asarray(found.prediction, dtype=np.float64)  # (B, classes)
-            best = pa.array(shares.argmax(1))
-            columns = [self._classes().take(best), *map(pa.array, shares.T)]
+            best = pa.array(found.prediction.argmax(1))
+            columns = [pa.array(self.run.classes).take(best), *map(pa.array, found.prediction.T)]
         else:
-            columns = [pa.array(np.asarray(found.prediction, dtype=np.float64))]
+            columns = [pa.array(found.prediction)]
             parts = [np.sqrt(variance) for variance in parts]
-        return [*columns, *(pa.array(np.asarray(part, dtype=np.float64)) for part in parts)]
-
-    def _classes(self) -> Any:
-        import pyarrow as pa
-
-        return pa.array(self.run.classes)
+        return [*columns, *map(pa.array, parts)]
 
 
 @dataclass(frozen=True, eq=False)
