@@ -3,8 +3,8 @@
 Run from the root of the repository: ``python -m benchmarks.estimators``. Ours run as they are by
 default. `BaggingClassifier(MLPClassifier)` and `BaggingRegressor(MLPRegressor)` run as they are by
 default, too, with as many members, after a `StandardScaler`, with ``max_iter`` raised until all of
-them converge. A second version of theirs stops early, as ours do. All take turns on each fold, and
-their times are summed over the folds.
+them converge. A second version of theirs has hidden layers of the sizes that ours have, a third
+stops early, as ours do. All take turns on each fold; times are means over the folds.
 
 ``--data`` and ``--folds`` run a part of it; the results of parts add up in the file ``--json``.
 """
@@ -40,6 +40,7 @@ MEMBERS: Final = 10
 MAX_ITER: Final = 5000
 OURS: Final = "unisono"
 CONVERGED: Final = "bagged MLPs"
+SAME_SIZE: Final = "bagged MLPs of the same size"
 STOPPED: Final = "bagged MLPs, early stopping"
 PREDICTED: Final = 20_000  # rows that are predicted for time: those of the fold, repeated
 
@@ -69,14 +70,15 @@ def contenders(name: str) -> Mapping[str, Callable[[int], Any]]:
     else:
         ours, bag, one = EnsembleRegressor, BaggingRegressor, MLPRegressor
 
-    def bagged(fold: int, *, stops: bool) -> Any:
-        mlp = one(max_iter=MAX_ITER, early_stopping=stops)
+    def bagged(fold: int, **options: Any) -> Any:
+        mlp = one(max_iter=MAX_ITER, **options)
         return make_pipeline(StandardScaler(), bag(mlp, n_estimators=MEMBERS, random_state=fold))
 
     return {
         OURS: lambda fold: ours(n_members=MEMBERS, random_state=fold),
-        CONVERGED: lambda fold: bagged(fold, stops=False),
-        STOPPED: lambda fold: bagged(fold, stops=True),
+        CONVERGED: bagged,
+        SAME_SIZE: lambda fold: bagged(fold, hidden_layer_sizes=ours().hidden_layer_sizes),
+        STOPPED: lambda fold: bagged(fold, early_stopping=True),
     }
 
 
@@ -156,8 +158,8 @@ def paired(folds: list[dict[str, dict[str, float]]], other: str, key: str) -> st
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The results as a Markdown table."""
     rows = [
-        "| data, score | unisono | bagged MLPs | difference | log-likelihoods | fit | predict |",
-        "|---|---|---|---|---|---|---|",
+        "| data | against | score | theirs | difference | log-likelihood | fit | predict |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, by_fold in results.items():
         folds = [by_fold[key] for key in sorted(by_fold)]
@@ -165,21 +167,32 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
         def mean(contender: str, key: str, folds: Any = folds) -> float:
             return float(np.mean([fold[contender].get(key, np.nan) for fold in folds]))
 
-        for other in (CONVERGED, STOPPED):
-            label = f"{name}, {'accuracy' if name in CLASSES else 'R²'}"
-            if other is STOPPED:
-                label = "… early stopping"
-            lls = [mean(OURS, "member ll"), mean(OURS, "ll"), mean(other, "ll")]
+        for other in (CONVERGED, SAME_SIZE, STOPPED):
             ratios = [mean(other, key) / mean(OURS, key) for key in ("fit", "predict")]
+            ll = mean(other, "ll")
             cells = [
-                label,
+                f"{name}, {'accuracy' if name in CLASSES else 'R²'}",
+                other,
                 f"{mean(OURS, 'score'):.3f}",
                 f"{mean(other, 'score'):.3f}",
                 paired(folds, other, "score"),
-                ", ".join("-" if np.isnan(ll) else f"{ll:.3f}" for ll in lls),
+                "-" if np.isnan(ll) else f"{ll:.3f}",
                 *(f"{ratio:.1f}×" for ratio in ratios),
             ]
             rows.append("| " + " | ".join(cells) + " |")
+    rows += [
+        "",
+        "| data | log-likelihood of the mean member | of the ensemble | fit | predict |",
+        "|---|---|---|---|---|",
+    ]
+    for name, by_fold in results.items():
+        folds = [fold[OURS] for fold in by_fold.values()]
+        member, whole, fit, predict = (
+            float(np.mean([fold[key] for fold in folds]))
+            for key in ("member ll", "ll", "fit", "predict")
+        )
+        own = f"| {name} | {member:.3f} | {whole:.3f} | {fit:.2f} s | {1000 * predict:.0f} ms |"
+        rows.append(own)
     return "\n".join(rows)
 
 
@@ -189,10 +202,11 @@ def main() -> None:
     every = [*CLASSES, *NUMBERS]
     parser.add_argument("--data", nargs="*", default=every, choices=every)
     parser.add_argument("--folds", nargs="*", type=int, default=list(range(FOLDS)))
-    parser.add_argument("--json", type=Path, default=Path("estimators.json"))
+    parser.add_argument("--json", type=Path, default=Path("build/estimators.json"))
     options = parser.parse_args()
     known = json.loads(options.json.read_text()) if options.json.exists() else {}
     results = known.get("results", {})
+    options.json.parent.mkdir(parents=True, exist_ok=True)
     for name in options.data:
         for fold in options.folds:
             results.setdefault(name, {})[str(fold)] = run_fold(name, fold)
