@@ -50,9 +50,8 @@ def to_state(estimator: Estimator) -> tuple[dict[str, Any], dict[str, Tensor]]:
         What JSON can hold, and copies of the tensors on the CPU, contiguous.
 
     Raises:
-        sklearn.exceptions.NotFittedError: If it isn't fitted.
-        ValueError: If ``module`` has no import path, or the labels are of a kind that JSON can't
-            hold.
+        ValueError: If it isn't fitted (scikit-learn's ``NotFittedError``), ``module`` has no
+            import path, or the labels are of a kind that JSON can't hold.
 
     Example:
         >>> import json
