@@ -25,10 +25,11 @@ from unisono.commands import table_files
 from unisono.commands.columns import Column
 from unisono.commands.features import encode
 from unisono.commands.outcome import ArgumentError, CommandError, Interrupted
-from unisono.commands.predict import PredictRequest, Stream, run_predict
+from unisono.commands.predict import PredictRequest, run_predict
 from unisono.commands.preprocessing import fit_preprocessing, to_features, to_skops
 from unisono.commands.run_folder import PREPROCESSING, RUN, RunFolder, pack
 from unisono.commands.table_estimator import load_estimator
+from unisono.commands.table_stream import Stream
 
 SOURCE = Path(__file__).parents[2] / "src"
 
@@ -495,7 +496,7 @@ def test_ctrl_c_leaves_no_file_and_exits_130(cancer_run, tables, tmp_path):
     script = (
         "import sys, time\n"
         "from unisono.cli import main\n"
-        "from unisono.commands.predict import Stream\n"
+        "from unisono.commands.table_stream import Stream\n"
         "def wait(self, part):\n"
         "    print('working', file=sys.stderr, flush=True)\n"
         "    time.sleep(60)\n"
