@@ -300,7 +300,33 @@ def test_wrong_data():
         f"EnsembleClassifier.fit: there is one class only: all {(Y == 'no').sum()} rows of positive"
         f" weight have y = 'no'; a classifier needs at least two"
     )
+    with pytest.raises(ValueError, match=r"y: labels of one column can be put in order") as caught:
+        model.fit(X, np.array(["no", None] * 30, dtype=object))
+    assert str(caught.value) == (
+        "y: labels of one column can be put in order, so they are of one kind; got NoneType, str;"
+        " y.astype(str) makes them strings"
+    )
     assert not hasattr(model, "ensemble_")
+
+
+def test_numbers_too_large_for_the_network_are_an_error():
+    model = EnsembleClassifier(**SMALL, dtype="float32").fit(X, Y)
+    text = 'the data hold 1e[+]200, which is too large for float32; pass dtype="float64"'
+    large = X.copy()
+    large[3, 1] = -1e200
+    with pytest.raises(ValueError, match=text):
+        model.predict(large)
+    with pytest.raises(ValueError, match=text):
+        model.fit(large, Y)
+    assert np.isfinite(EnsembleClassifier(**SMALL).fit(large, Y).predict_proba(large)).all()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_device_that_is_not_there():
+    with pytest.raises(
+        ValueError, match=r'EnsembleClassifier.fit: device="cuda" can\'t be used here'
+    ):
+        EnsembleClassifier(**SMALL, device="cuda").fit(X, Y)
 
 
 def test_one_member_is_an_ensemble_without_disagreement():

@@ -18,11 +18,12 @@ from unisono.ensemble import Ensemble
 from unisono.estimators.members import (
     Factory,
     build_members,
+    check_device,
     plan_members,
     standardise_by,
 )
 from unisono.estimators.moments import Array, Moments, merge, moments
-from unisono.estimators.predicting import predict_rows
+from unisono.estimators.predicting import in_precision, predict_rows
 from unisono.estimators.settings import Settings, check_settings
 from unisono.estimators.training import Data, Task, make_optimizer, mean_one, train, train_on
 from unisono.optim import MemberOptimizer
@@ -127,6 +128,7 @@ class EnsembleEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn is
 
     def _build(self, method: str, settings: Settings, x: Array, n_outputs: int) -> Ensemble:
         """New members for rows like these."""
+        check_device(self._call(method), settings.device)
         rows = torch.tensor(x[:_SHOWN_ROWS], dtype=settings.dtype_for(x))
         plan = plan_members(
             self._call(method),
@@ -204,4 +206,4 @@ def _as(values: Array, dtype: torch.dtype) -> Array:
     """Real numbers in the dtype of the network; whole numbers, as classes are, stay."""
     if values.dtype.kind != "f":
         return values
-    return values.astype(np.float32 if dtype == torch.float32 else np.float64, copy=False)
+    return in_precision(values, np.float32 if dtype == torch.float32 else np.float64)

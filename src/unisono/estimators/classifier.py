@@ -299,6 +299,8 @@ class EnsembleClassifier(ClassifierMixin, EnsembleEstimator):  # type: ignore[mi
             y = y.toarray()
         if y.ndim == 2 and y.shape[1] == 1:
             y = column_or_1d(y, warn=True)
+        if y.dtype == object:
+            labels_of(y)  # first, for its error if labels can't be put in order
         check_classification_targets(y)
         return x, y, check_weights(self._call(method), weights, len(x))
 

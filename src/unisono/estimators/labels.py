@@ -97,13 +97,29 @@ def labels_of(y: Array) -> Labels:
     Shape:
         - y: (B) or (B, columns)
 
+    Raises:
+        ValueError: If a column holds labels of several kinds.
+
     Example:
         >>> labels_of(np.array(["no", "yes", "no"])).classes
         (array(['no', 'yes'], dtype='<U3'),)
     """
     if y.ndim == 1:
-        return Labels((np.unique(y),), is_single=True)
-    return Labels(tuple(np.unique(column) for column in y.T), is_single=False)
+        return Labels((_sorted("y", y),), is_single=True)
+    columns = [_sorted(f"y[:, {k}]", column) for k, column in enumerate(y.T)]
+    return Labels(tuple(columns), is_single=False)
+
+
+def _sorted(name: str, column: Array) -> Array:
+    """The labels of a column in order."""
+    try:
+        return np.unique(column)
+    except TypeError as error:
+        kinds = ", ".join(sorted({type(label).__name__ for label in column}))
+        raise ValueError(
+            f"{name}: labels of one column can be put in order, so they are of one kind; got"
+            f" {kinds}; y.astype(str) makes them strings"
+        ) from error
 
 
 def check_classes(call: str, classes: Any, y: Array) -> Labels:

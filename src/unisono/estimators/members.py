@@ -85,6 +85,25 @@ def plan_members(
     return Plan(make_model, shared, not isinstance(output, Tensor))
 
 
+def check_device(call: str, device: torch.device) -> None:
+    """Raise unless there is such a device.
+
+    Args:
+        call: Name of the public function, for the message.
+        device: Where an ensemble is to be.
+
+    Raises:
+        ValueError: If it isn't there.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f'{call}: device="{device}" can\'t be used here: {reason}; device="cpu" can'
+        ) from error
+
+
 def build_members(plan: Plan, settings: Settings, seed: int) -> Ensemble:
     """Build the ensemble where it is to run; member i has the weights of ``seed + i``.
 

@@ -34,18 +34,48 @@ def predict_rows(
         - returns: (B, *) each
     """
     parameter = next(ens.parameters())
+    dtype = np.float32 if parameter.dtype == torch.float32 else np.float64
     size = rows_at_once(ens, x.shape[1])
     found: list[Array] = []
     with torch.inference_mode():
         for start in range(0, len(x), size):
-            rows = torch.from_numpy(np.require(x[start : start + size], requirements=["C", "W"]))
-            outputs = ens(rows.to(device=parameter.device, dtype=parameter.dtype))
+            chunk = in_precision(x[start : start + size], dtype)
+            rows = torch.from_numpy(np.require(chunk, requirements=["C", "W"]))
+            outputs = ens(rows.to(parameter.device))
             results = [result.cpu().numpy() for result in what(outputs)]
             if not found:
                 found = [np.empty((len(x), *own.shape[1:]), own.dtype) for own in results]
             for whole, own in zip(found, results, strict=True):
                 whole[start : start + size] = own
     return tuple(found)
+
+
+def in_precision(values: Array, dtype: type[np.floating[Any]]) -> Array:
+    """Finite numbers in the precision of the network.
+
+    Args:
+        values: Numbers of any floating dtype.
+        dtype: That of the network.
+
+    Raises:
+        ValueError: If one is too large for it.
+
+    Example:
+        >>> in_precision(np.array([1e300]), np.float32)
+        Traceback (most recent call last):
+        ValueError: the data hold 1e+300, which is too large for float32; pass dtype="float64"
+    """
+    if values.dtype == dtype:
+        return values
+    with np.errstate(over="ignore"):  # what overflows is an error below
+        found: Array = values.astype(dtype)
+    if not np.isfinite(found).all():
+        largest = np.abs(values).max()
+        raise ValueError(
+            f"the data hold {largest:.6g}, which is too large for {np.dtype(dtype)}; pass"
+            f' dtype="float64"'
+        )
+    return found
 
 
 def rows_at_once(ens: Ensemble, n_features: int) -> int:

@@ -98,7 +98,7 @@ def check_settings(call: str, given: Mapping[str, Any]) -> Settings:
             f"validation_fraction is a part of the rows, above 0 and at most {_MOST_HELD_OUT};"
             f" got {fraction!r}; patience=None holds out nothing"
         )
-    if given["dtype"] is not None and given["dtype"] not in DTYPES:
+    if given["dtype"] is not None and given["dtype"] not in list(DTYPES):
         problems.append(f'dtype is "float32", "float64" or None; got {given["dtype"]!r}')
     if given["strategy"] not in get_args(StrategyName):
         choices = ", ".join(f'"{name}"' for name in get_args(StrategyName))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unisono.errors import CheckpointError
 from unisono.estimators.classifier import EnsembleClassifier
-from unisono.estimators.members import Factory
+from unisono.estimators.members import Factory, check_device
 from unisono.estimators.moments import Moments
 from unisono.estimators.plain import (
     array_from,
@@ -236,7 +236,7 @@ def _moments_from(name: str, tensors: Mapping[str, Tensor]) -> Moments:
 def _place(device: torch.device) -> torch.device:
     """The device, or the CPU where there is no such device."""
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):  # AssertionError: torch was built without CUDA
+        check_device("from_state", device)
+    except ValueError:
         return torch.device("cpu")
     return device
