@@ -250,7 +250,7 @@ def test_all_values_that_training_never_saw_are_told_at_once(cancer_run, tmp_pat
     path = changed(
         tmp_path,
         {
-            (3, "size"): "giant",
+            (5, "size"): "giant",
             (9, "size"): "dwarf",
             (2, "mean texture"): None,
             (5, "mean texture"): None,
@@ -261,7 +261,7 @@ def test_all_values_that_training_never_saw_are_told_at_once(cancer_run, tmp_pat
     message = (
         f"{path} has values that training never saw: "
         "column 'mean texture': missing in 2 rows (first: row 2); "
-        "column 'size': 'giant', 'dwarf' in 2 rows (first: row 3); "
+        "column 'size': 'giant', 'dwarf' in 2 rows (first: row 5); "
         "column 'marked': missing in 1 row (row 7); "
         "add --unseen ignore to predict nevertheless"
     )
