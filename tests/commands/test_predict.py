@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 
 from small_tables import FEATURES, cancer_frame, diabetes_frame
-from unisono.commands import table_files
+from unisono.commands import csv_files, table_files
 from unisono.commands.columns import Column
 from unisono.commands.features import encode
 from unisono.commands.outcome import ArgumentError, CommandError, Interrupted
@@ -167,6 +167,15 @@ def test_kept_texts_stay_as_they_are_written(cancer_run, tables, tmp_path):
     predict(cancer_run, tmp_path / "in.csv", tmp_path / "out.csv", keep=("note",))
     found = pd.read_csv(tmp_path / "out.csv", dtype=str, keep_default_na=False)
     assert found["note"].tolist() == ["NA", "1.50", 'a "b",\nc']
+
+
+def test_line_breaks_in_texts_where_a_block_ends(cancer_run, tables, tmp_path, monkeypatch):
+    monkeypatch.setattr(csv_files, "_BLOCK", 300)
+    given = pd.read_csv(tables / "cancer.csv").head(40)
+    given["note"] = [f"{k}\n,\n" * 9 for k in range(40)]
+    given.to_csv(tmp_path / "in.csv", index=False)
+    predict(cancer_run, tmp_path / "in.csv", tmp_path / "out.csv", keep=("note",))
+    assert pd.read_csv(tmp_path / "out.csv")["note"].tolist() == given["note"].tolist()
 
 
 def test_standard_input_and_output(diabetes_run, tables, tmp_path, monkeypatch):
