@@ -43,7 +43,22 @@ def row(name, **seconds):
     return table.Row(name, {key: Times([value]) for key, value in seconds.items()})
 
 
-@pytest.mark.parametrize("scenario", TINY, ids=lambda scenario: scenario.name)
+# The others take the same ways as one of these and longer; `make test-slow` runs them.
+LONG = ("1024-1024", "CNN 32-64", "GPT", "T 16, B 64")
+
+
+def long_ones_are_slow(found):
+    return [
+        pytest.param(
+            scenario,
+            marks=[pytest.mark.slow] if any(part in scenario.name for part in LONG) else [],
+            id=scenario.name,
+        )
+        for scenario in found
+    ]
+
+
+@pytest.mark.parametrize("scenario", long_ones_are_slow(TINY))
 def test_unisono_and_the_loop_are_timed_in_every_case(scenario, monkeypatch):
     # One strategy: to measure all of them for every case belongs into the benchmark.
     monkeypatch.setattr(contenders, "Ensemble", lambda models: Ensemble(models, strategy="loop"))
@@ -176,8 +191,7 @@ def test_peak_memory_counts_what_is_alive_at_once():
 
 @pytest.mark.parametrize(
     "scenario",
-    [s for s in train.step_scenarios(tiny=True) if "1024" not in s.name],
-    ids=lambda scenario: scenario.name,
+    long_ones_are_slow(s for s in train.step_scenarios(tiny=True) if "1024" not in s.name),
 )
 def test_every_way_to_train_takes_the_steps_of_the_loop(scenario, monkeypatch):
     one = functools.partial(Ensemble, strategy="fused")

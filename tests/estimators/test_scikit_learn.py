@@ -45,6 +45,7 @@ def test_grid_search_over_members_and_learning_rates():
     assert len(search.best_estimator_.ensemble_) == search.best_params_["n_members"]
 
 
+@pytest.mark.slow
 def test_cross_val_score_in_two_processes_equals_one():
     X, y = load_wine(return_X_y=True)
     model = EnsembleClassifier(max_epochs=3, n_members=2, batch_size=32, random_state=0)
