@@ -147,10 +147,9 @@ def machine() -> dict[str, str]:
 
 def paired(folds: list[dict[str, dict[str, float]]], other: str, key: str) -> str:
     """Mean of ours minus theirs over the folds, and its standard error."""
-    pairs = [(fold[OURS].get(key), fold[other].get(key)) for fold in folds]
-    if any(value is None for pair in pairs for value in pair):
+    if any(key not in fold[name] for fold in folds for name in (OURS, other)):
         return "-"
-    differences = np.array([a - b for a, b in pairs])  # type: ignore[operator]
+    differences = np.array([fold[OURS][key] - fold[other][key] for fold in folds])
     error = differences.std(ddof=1) / np.sqrt(len(differences)) if len(differences) > 1 else np.nan
     return f"{differences.mean():+.3f} ± {error:.3f}"
 

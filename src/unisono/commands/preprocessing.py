@@ -141,8 +141,8 @@ def _kinds(node: Any) -> Iterator[tuple[str, str, str]]:
     """Every type that a part of the schema names."""
     if isinstance(node, dict):
         if "__class__" in node or "__module__" in node or "__loader__" in node:
-            names = (node.get(key) for key in ("__module__", "__class__", "__loader__"))
-            yield tuple(str(name) for name in names)  # type: ignore[misc]  # three
+            module, name, loader = (node.get(f"__{key}__") for key in ("module", "class", "loader"))
+            yield str(module), str(name), str(loader)
         for value in node.values():
             yield from _kinds(value)
     elif isinstance(node, list):
