@@ -12,8 +12,10 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from unisono import held_out, member_axis
+from unisono.collectives import member_group
 
 LOWEST: Final = 0.01
 HIGHEST: Final = 100.0
@@ -164,6 +166,7 @@ def pool(
     weights: Tensor | Sequence[float] | None = None,
     temperatures: Tensor | Sequence[float] | None = None,
     dim: int = -1,
+    mesh: DeviceMesh | None = None,
 ) -> Tensor:
     """Average the members' probabilities, as a logarithm: ``log sum_i w[i] softmax(z[i] / T[i])``.
 
@@ -175,6 +178,8 @@ def pool(
         weights: The members' weights; they needn't sum to one. None for equal ones.
         temperatures: The members' temperatures, or one for all; None for none.
         dim: The class axis of the logits.
+        mesh: The ranks that the members are spread over; then all that is given is of this rank's
+            members, and the result is that of all.
 
     Returns:
         Log-probabilities, float32 at least.
@@ -195,8 +200,11 @@ def pool(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperatures is not None:
         logits = apply(logits, temperatures)
-    shares = None if weights is None else member_axis.shares("calibration.pool", weights, logits)
-    return member_axis.log_mean(logits.log_softmax(dim), shares)
+    group = member_group("calibration.pool", mesh)
+    shares = None
+    if weights is not None:
+        shares = member_axis.shares("calibration.pool", weights, logits, group)
+    return member_axis.log_mean(logits.log_softmax(dim), shares, group)
 
 
 def _fit(call: str, rows: Tensor, classes: Tensor) -> Tensor:

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from unisono import combine
 from unisono.calibration import pool
 
-_NAMES = ("weights", "temperatures", "pooled_temperature")
+NAMES = ("weights", "temperatures", "pooled_temperature")
 
 
 class Combination(nn.Module):
@@ -44,7 +45,7 @@ class Combination(nn.Module):
     def __init__(self, num_members: int) -> None:
         super().__init__()
         self._n = num_members
-        for name in _NAMES:
+        for name in NAMES:
             self.register_buffer(name, None)
 
     def set(
@@ -78,7 +79,7 @@ class Combination(nn.Module):
         """
         given = {
             name: None if value is None else _copied(name, value)
-            for name, value in zip(_NAMES, (weights, temperatures, pooled_temperature), strict=True)
+            for name, value in zip(NAMES, (weights, temperatures, pooled_temperature), strict=True)
         }
         problems = [
             problem
@@ -91,7 +92,9 @@ class Combination(nn.Module):
         for name, value in given.items():
             setattr(self, name, value)
 
-    def probabilities(self, logits: Tensor, dim: int = -1) -> Tensor:
+    def probabilities(
+        self, logits: Tensor, dim: int = -1, *, mesh: DeviceMesh | None = None
+    ) -> Tensor:
         """Average logits as probabilities: ``softmax(log(sum_i w[i] softmax(z[i] / T[i])) / T)``.
 
         What isn't set is left out; without any, this is `combine.probabilities`.
@@ -99,6 +102,7 @@ class Combination(nn.Module):
         Args:
             logits: What ``ens(x)`` returns.
             dim: The class axis.
+            mesh: As for `combine.mean`.
 
         Returns:
             The probabilities, of the same dtype; half precision is computed in float32.
@@ -118,18 +122,21 @@ class Combination(nn.Module):
         """
         self._check("probabilities", logits)
         if not self._set():
-            return combine.probabilities(logits, dim)
-        pooled = pool(logits, weights=self.weights, temperatures=self.temperatures, dim=dim)
+            return combine.probabilities(logits, dim, mesh=mesh)
+        pooled = pool(
+            logits, weights=self.weights, temperatures=self.temperatures, dim=dim, mesh=mesh
+        )
         if self.pooled_temperature is not None:
             pooled = pooled / self.pooled_temperature.to(pooled)
         # Counted from the end, an axis keeps its number when the members' goes.
         return pooled.softmax(dim if dim < 0 else dim - logits.ndim).to(logits.dtype)
 
-    def weighted(self, outputs: Tensor) -> Tensor:
+    def weighted(self, outputs: Tensor, *, mesh: DeviceMesh | None = None) -> Tensor:
         """Average outputs as they are: ``sum_i w[i] outputs[i]``, of numbers or probabilities.
 
         Args:
             outputs: What ``ens(x)`` returns.
+            mesh: As for `combine.mean`.
 
         Returns:
             The average, of the same dtype; with equal weights if none are set.
@@ -156,8 +163,8 @@ class Combination(nn.Module):
                 " ens.combination.set(weights=ens.combination.weights) to drop them"
             )
         if self.weights is None:
-            return combine.mean(outputs)
-        return combine.weighted(outputs, self.weights)
+            return combine.mean(outputs, mesh=mesh)
+        return combine.weighted(outputs, self.weights, mesh=mesh)
 
     def select(self, members: Sequence[int]) -> Combination:
         """A copy with the rows of these members; the pooled temperature is that of all."""
@@ -189,7 +196,7 @@ class Combination(nn.Module):
             prefix: What stands before the names in it.
             device: Where the ensemble lies.
         """
-        for name in _NAMES:
+        for name in NAMES:
             value = state_dict.get(prefix + name)
             if isinstance(value, Tensor) and getattr(self, name) is None:
                 room = torch.empty(self._shape(name), dtype=value.dtype, device=device)
@@ -202,7 +209,7 @@ class Combination(nn.Module):
         return ", ".join(f"{name}={tuple(tensor.shape)}" for name, tensor in self._set())
 
     def _set(self) -> list[tuple[str, Tensor]]:
-        named = [(name, getattr(self, name)) for name in _NAMES]
+        named = [(name, getattr(self, name)) for name in NAMES]
         return [(name, tensor) for name, tensor in named if tensor is not None]
 
     def _shape(self, name: str) -> tuple[int, ...]:

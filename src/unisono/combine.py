@@ -3,6 +3,10 @@
 Pure functions of the tensor that an ensemble returns, whatever its trailing shape. None of them
 waits for a device. NaN of one member shows in `mean`, `median`, `weighted` and `probabilities`; in
 `vote` that member abstains.
+
+With ``mesh=`` each rank passes the outputs of its own members, and all get the same answer of all
+members. What is sent is a sum with the shape of the answer (for `vote`, of votes per class); only
+`median`, and `vote` of labels, need the outputs of all members on every rank.
 """
 
 from __future__ import annotations
@@ -11,15 +15,20 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
-from unisono import member_axis
+from unisono import member_axis, member_reduction
+from unisono.collectives import all_sum, gather_rows, member_group
 
 
-def mean(outputs: Tensor) -> Tensor:
+def mean(outputs: Tensor, *, mesh: DeviceMesh | None = None) -> Tensor:
     """Average the members: ``sum_i outputs[i] / N``.
 
     Args:
         outputs: Outputs of all members, of floating or complex dtype.
+        mesh: The ranks that the members are spread over; then these are the outputs of this rank's
+            members, and the result is that of all.
 
     Returns:
         The average, of the same dtype.
@@ -37,10 +46,14 @@ def mean(outputs: Tensor) -> Tensor:
         tensor([2., 4.])
     """
     _check("mean", outputs)
-    return outputs.mean(0)
+    group = member_group("combine.mean", mesh)
+    if group is None:
+        return outputs.mean(0)
+    wide = torch.promote_types(outputs.dtype, torch.float32)
+    return member_reduction.mean(outputs.to(wide), None, group).to(outputs.dtype)
 
 
-def median(outputs: Tensor) -> Tensor:
+def median(outputs: Tensor, *, mesh: DeviceMesh | None = None) -> Tensor:
     """Take the middle member of each element; for even N, the average of the middle two.
 
     `numpy.median` agrees; `torch.median` takes the lower of the two. One member gone astray moves
@@ -48,6 +61,7 @@ def median(outputs: Tensor) -> Tensor:
 
     Args:
         outputs: Outputs of all members, of floating dtype.
+        mesh: As for `mean`; the outputs of all members come to every rank.
 
     Returns:
         The median, of the same dtype; NaN where a member is NaN.
@@ -67,6 +81,8 @@ def median(outputs: Tensor) -> Tensor:
     _check("median", outputs)
     if outputs.is_complex():
         raise TypeError(f"combine.median: complex numbers have no order, got {outputs.dtype}")
+    if (group := member_group("combine.median", mesh)) is not None:
+        outputs = gather_rows(outputs, group)
     n = outputs.shape[0]
     ordered = outputs.sort(0).values
     low, high = ordered.select(0, (n - 1) // 2), ordered.select(0, n // 2)
@@ -76,7 +92,9 @@ def median(outputs: Tensor) -> Tensor:
     return torch.where(last.isnan(), last, middle)  # NaN sorts last
 
 
-def weighted(outputs: Tensor, weights: Tensor | Sequence[float]) -> Tensor:
+def weighted(
+    outputs: Tensor, weights: Tensor | Sequence[float], *, mesh: DeviceMesh | None = None
+) -> Tensor:
     """Average the members by weight: ``sum_i w[i] outputs[i] / sum_i w[i]``.
 
     Weights are shares: none is negative. NaN of a member shows even at weight zero; leave a member
@@ -87,6 +105,7 @@ def weighted(outputs: Tensor, weights: Tensor | Sequence[float]) -> Tensor:
         weights: One number per member. Numbers and tensors on the CPU are checked; a tensor on
             another device isn't, as that would wait for the device: there, weights that sum to zero
             give NaN.
+        mesh: As for `mean`; the weights are those of this rank's members, too.
 
     Returns:
         The weighted average, of the outputs' dtype and on their device.
@@ -106,11 +125,12 @@ def weighted(outputs: Tensor, weights: Tensor | Sequence[float]) -> Tensor:
         tensor([2., 3.])
     """
     _check("weighted", outputs)
-    share = member_axis.shares("combine.weighted", weights, outputs)
-    return (share * outputs).sum(0).to(outputs.dtype)
+    group = member_group("combine.weighted", mesh)
+    share = member_axis.shares("combine.weighted", weights, outputs, group)
+    return member_reduction.mean(outputs, share, group).to(outputs.dtype)
 
 
-def probabilities(logits: Tensor, dim: int = -1) -> Tensor:
+def probabilities(logits: Tensor, dim: int = -1, *, mesh: DeviceMesh | None = None) -> Tensor:
     """Average the members' class probabilities: ``sum_i softmax(logits[i]) / N``.
 
     Half precision is computed in float32 and rounded at the end.
@@ -118,6 +138,7 @@ def probabilities(logits: Tensor, dim: int = -1) -> Tensor:
     Args:
         logits: Logits of all members, of floating dtype.
         dim: The class axis of `logits`, any but the member axis 0.
+        mesh: As for `mean`.
 
     Returns:
         The probabilities, of the same dtype; they sum to one over the classes.
@@ -137,10 +158,12 @@ def probabilities(logits: Tensor, dim: int = -1) -> Tensor:
     _check("probabilities", logits)
     dim = member_axis.class_axis("combine.probabilities", logits, dim)
     wide = torch.promote_types(logits.dtype, torch.float32)
-    return logits.softmax(dim, dtype=wide).mean(0).to(logits.dtype)
+    group = member_group("combine.probabilities", mesh)
+    own = logits.softmax(dim, dtype=wide)
+    return member_reduction.mean(own, None, group).to(logits.dtype)
 
 
-def vote(outputs: Tensor, dim: int = -1) -> Tensor:
+def vote(outputs: Tensor, dim: int = -1, *, mesh: DeviceMesh | None = None) -> Tensor:
     """Return the class that most members choose; of equally many, the lowest.
 
     From logits (floating dtype), each member chooses its largest, of equals the lowest class; a
@@ -150,6 +173,7 @@ def vote(outputs: Tensor, dim: int = -1) -> Tensor:
     Args:
         outputs: Logits or labels of all members.
         dim: The class axis of the logits, any but the member axis 0. Labels have none.
+        mesh: As for `mean`; the labels, if it is labels, of all members come to every rank.
 
     Returns:
         The winning class of each element, int64.
@@ -171,6 +195,10 @@ def vote(outputs: Tensor, dim: int = -1) -> Tensor:
     _check("vote", outputs, integers=True)
     if outputs.is_floating_point() or outputs.is_complex():
         dim = member_axis.class_axis("combine.vote", outputs, dim)
+    if (group := member_group("combine.vote", mesh)) is not None:
+        if outputs.is_floating_point():
+            return _most_votes(outputs, dim, group)
+        outputs = gather_rows(outputs, group)
     ordered, votes = member_axis.counted_up(member_axis.chosen(outputs, dim))
     n = outputs.shape[0]
     place = torch.arange(n, device=outputs.device).reshape(n, *[1] * (ordered.ndim - 1))
@@ -178,6 +206,16 @@ def vote(outputs: Tensor, dim: int = -1) -> Tensor:
     score = (votes * n + (n - 1 - place)).masked_fill(ordered < 0, -1)
     winner = ordered.gather(0, score.max(0, keepdim=True).indices).squeeze(0)
     return winner.clamp(min=-1)
+
+
+def _most_votes(logits: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    """The class with most votes of the members on all ranks; classes are known, so count them."""
+    choices = member_axis.chosen(logits, dim).unsqueeze(dim)  # (n, *, 1)
+    votes = logits.new_zeros(logits.shape, dtype=torch.int32)
+    votes.scatter_(dim, choices.clamp(min=0), (choices >= 0).to(votes.dtype))
+    count = all_sum(votes.sum(0, dtype=votes.dtype), group)  # (*, C)
+    winner = count.argmax(dim - 1)  # of equal ones the first, as torch documents
+    return winner.masked_fill(count.sum(dim - 1) == 0, -1)
 
 
 def _check(name: str, outputs: Tensor, *, integers: bool = False) -> None:

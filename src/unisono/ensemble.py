@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Protocol, overload
 
 import torch
 from torch import Tensor, nn
 
+from unisono.block import Block
 from unisono.combination import Combination
 from unisono.differences import check_in_place, check_members
 from unisono.engine.axis import Randomness
@@ -18,6 +20,7 @@ from unisono.engine.parts import Call
 from unisono.engine.planning.plan import Plan, StrategyName
 from unisono.engine.planning.planner import Options, Planner
 from unisono.engine.pool import Pool
+from unisono.engine.rng import devices_of, drawing_apart
 from unisono.module_tree import named_tensors
 from unisono.options import (
     check_build,
@@ -85,6 +88,7 @@ class Ensemble(nn.Module):
 
     members: MemberTree
     combination: Combination
+    block: Block | None  # the place among other ranks, of `unisono.distributed`
     _followers: weakref.WeakSet[Follower]
 
     def __init__(
@@ -209,7 +213,8 @@ class Ensemble(nn.Module):
             torch.Size([5])
         """
         call = self._call(fn, args, kwargs)
-        return self._planner.run(call, self._options())
+        with self._random_numbers():
+            return self._planner.run(call, self._options())
 
     def explain(self, /, *args: Any, **kwargs: Any) -> Plan:
         """Tell how a call with these arguments runs, and why.
@@ -434,6 +439,7 @@ class Ensemble(nn.Module):
         self, template: nn.Module, members: MemberTree, shared: frozenset[str], n: int
     ) -> None:
         self._n = n
+        self.block = None
         self.members = members
         self.combination = Combination(n).train(members.training)
         self.training = members.training
@@ -462,6 +468,16 @@ class Ensemble(nn.Module):
             raise TypeError(f"ens.run: fn is a function fn(member, ...); got {fn!r}")
         check_inputs("ens(...)", self._n, args, kwargs)
         return Call(fn, args, kwargs, self._n, self.randomness)
+
+    def _random_numbers(self) -> AbstractContextManager[None]:
+        """Members on other ranks draw other numbers, as members on this one do."""
+        block = self.block
+        if block is None or block.num_places == 1 or self.randomness != "different":
+            return nullcontext()
+        if torch.compiler.is_compiling():
+            return nullcontext()
+        first = next(self.members.parameters(), None)
+        return drawing_apart(block.place, devices_of([first]))
 
     def _options(self) -> Options:
         return Options(self.strategy, self.chunk_size, self.memory_limit)

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from unisono import member_reduction
+from unisono.collectives import each_uses, raise_together
 
 
 def check_shape(call: str, outputs: Tensor) -> None:
@@ -53,16 +57,22 @@ def class_axis(call: str, logits: Tensor, dim: int) -> int:
     return dim % logits.ndim
 
 
-def shares(call: str, weights: Tensor | Sequence[float], outputs: Tensor) -> Tensor:
+def shares(
+    call: str,
+    weights: Tensor | Sequence[float],
+    outputs: Tensor,
+    group: ProcessGroup | None = None,
+) -> Tensor:
     """Weights of the members as parts of one, shaped to be multiplied with the outputs.
 
     Args:
         call: The function that the user called, for the message.
         weights: One number per member.
         outputs: Outputs of the members; the shares lie where they lie.
+        group: The ranks that hold the other members, each with the weights of its own.
 
     Returns:
-        Shares of at least float32.
+        Shares of at least float32. Those of all ranks sum to one.
 
     Shape:
         - weights: (N,)
@@ -76,21 +86,15 @@ def shares(call: str, weights: Tensor | Sequence[float], outputs: Tensor) -> Ten
     n = outputs.shape[0]
     real = outputs.real.dtype if outputs.is_complex() else outputs.dtype
     wide = torch.promote_types(real, torch.float32)
-    shape = tuple(weights.shape) if isinstance(weights, Tensor) else (len(weights),)
-    if shape != (n,):
-        raise ValueError(f"{call}: {n} members need weights of shape ({n},), got shape {shape}")
+    raise_together(_wrong_weights(call, weights, n, group), group, outputs.device)
     if isinstance(weights, Tensor):
-        if weights.is_complex():
-            raise TypeError(f"{call}: weights are real numbers, got {weights.dtype}")
-        values = values_on_cpu(weights)
-        if values is not None:
-            _check_weights(call, values)
-        weights = weights.to(device=outputs.device, dtype=wide)
+        own = weights.to(device=outputs.device, dtype=wide)
     else:
-        numbers = [float(weight) for weight in weights]
-        _check_weights(call, numbers)
-        weights = torch.tensor(numbers, device=outputs.device, dtype=wide)
-    return (weights / weights.sum()).reshape(n, *[1] * (outputs.ndim - 1))
+        own = torch.tensor([float(w) for w in weights], device=outputs.device, dtype=wide)
+    total = member_reduction.total(own, group)
+    if group is not None and values_on_cpu(total.reshape(1)) == [0.0]:
+        raise ValueError(f"{call}: the weights of the members on all ranks sum to zero")
+    return (own / each_uses(total, group)).reshape(n, *[1] * (outputs.ndim - 1))
 
 
 def values_on_cpu(tensor: Tensor) -> list[float] | None:
@@ -110,22 +114,23 @@ def finite(log_p: Tensor) -> Tensor:
     return log_p.clamp(min=torch.finfo(log_p.dtype).min / 4)
 
 
-def log_mean(log_p: Tensor, w: Tensor | None) -> Tensor:
+def log_mean(log_p: Tensor, w: Tensor | None, group: ProcessGroup | None = None) -> Tensor:
     """``log(sum_i w[i] exp(log_p[i]))``, without leaving the logarithms.
 
     Args:
         log_p: Logarithms of what is averaged over the members.
         w: `shares`, shaped to be multiplied with it; None for equal ones.
+        group: The ranks that hold the other members.
 
     Shape:
         - log_p: (N, *)
         - returns: (*)
     """
     if w is None:
-        return torch.logsumexp(log_p, 0) - math.log(log_p.shape[0])
+        return member_reduction.log_mean_exp(log_p, None, group)
     has_none = w == 0
     log_w = w.masked_fill(has_none, 1).log().masked_fill(has_none, -torch.inf)
-    return torch.logsumexp(log_p + finite(log_w), 0)
+    return member_reduction.log_mean_exp(log_p, finite(log_w), group)
 
 
 def chosen(outputs: Tensor, dim: int) -> Tensor:
@@ -172,11 +177,21 @@ def counted_up(choices: Tensor) -> tuple[Tensor, Tensor]:
     return ordered, place - (place * begins).cummax(0).values + 1
 
 
-def _check_weights(call: str, weights: Sequence[float]) -> None:
-    for i, weight in enumerate(weights):
+def _wrong_weights(
+    call: str, weights: Tensor | Sequence[float], n: int, group: ProcessGroup | None
+) -> Exception | None:
+    """What is wrong with the weights of n members, as far as it takes no wait for a device."""
+    shape = tuple(weights.shape) if isinstance(weights, Tensor) else (len(weights),)
+    if shape != (n,):
+        return ValueError(f"{call}: {n} members need weights of shape ({n},), got shape {shape}")
+    if isinstance(weights, Tensor) and weights.is_complex():
+        return TypeError(f"{call}: weights are real numbers, got {weights.dtype}")
+    values = values_on_cpu(weights) if isinstance(weights, Tensor) else [float(w) for w in weights]
+    for i, weight in enumerate(values or ()):
         if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(
+            return ValueError(
                 f"{call}: weights are finite and not negative, but weights[{i}] is {weight}"
             )
-    if not any(weights):
-        raise ValueError(f"{call}: the {len(weights)} weights sum to zero")
+    if group is None and values is not None and not any(values):
+        return ValueError(f"{call}: the {n} weights sum to zero")
+    return None

@@ -18,8 +18,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
-from unisono import member_axis
+from unisono import member_axis, member_reduction
+from unisono.collectives import broadcast_first, each_uses, member_group, raise_together
 from unisono.disagreement import disagreement_matrix as disagreement_matrix
 from unisono.disagreement import pairwise_disagreement as pairwise_disagreement
 from unisono.disagreement import variation_ratio as variation_ratio
@@ -54,6 +57,7 @@ def classification(
     dim: int = -1,
     given: Given = "logits",
     weights: Tensor | Sequence[float] | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> Uncertainty:
     """Split the entropy of the mean: ``H[mean p_i] == mean H[p_i] + mean KL(p_i, mean p_i)``.
 
@@ -68,6 +72,8 @@ def classification(
         dim: The class axis, any but the member axis 0.
         given: Which of the two they are: ``"logits"`` or ``"probabilities"``.
         weights: One number per member, as for `combine.weighted`; equal ones by default.
+        mesh: The ranks that the members are spread over; then all that is given is of this rank's
+            members, and the result is that of all.
 
     Returns:
         Mean probabilities, and three entropies in nats, from 0 to log(C); the epistemic one to
@@ -99,21 +105,24 @@ def classification(
     if given not in ("logits", "probabilities"):
         raise ValueError(f'{call}: given is "logits" or "probabilities"; got {given!r}')
     dim = member_axis.class_axis(call, outputs, dim)
+    group = member_group(call, mesh)
     wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-    w = None if weights is None else member_axis.shares(call, weights, outputs)
+    w = None if weights is None else member_axis.shares(call, weights, outputs, group)
     if given == "logits":
         log_p = member_axis.finite(wide.log_softmax(dim))  # (N, *, C)
         p = log_p.exp()
-        log_prediction = member_axis.log_mean(log_p, w)  # (*, C)
+        log_prediction = member_axis.log_mean(log_p, w, group)  # (*, C)
         prediction = log_prediction.exp()
     else:
-        _check_probabilities(call, outputs, dim)
+        raise_together(_wrong_probabilities(call, outputs, dim), group, outputs.device)
         p = wide
-        prediction = _mean(p, w)
+        prediction = member_reduction.mean(p, w, group)
         log_p, log_prediction = _log(p), _log(prediction)
-    aleatoric = _mean(-(p * log_p).sum(dim), _without(w, dim)).clamp(min=0)
-    divergence = _divergence_terms(p, log_p, prediction, log_prediction)
-    epistemic = _mean(divergence.sum(dim), _without(w, dim)).clamp(min=0)
+    w = None if w is None else w.squeeze(dim)
+    aleatoric = member_reduction.mean(-(p * log_p).sum(dim), w, group).clamp(min=0)
+    together = (each_uses(each, group) for each in (prediction, log_prediction))
+    divergence = _divergence_terms(p, log_p, *together)
+    epistemic = member_reduction.mean(divergence.sum(dim), w, group).clamp(min=0)
     found = (prediction, aleatoric + epistemic, aleatoric, epistemic)
     return Uncertainty(*(each.to(outputs.dtype) for each in found))
 
@@ -123,6 +132,7 @@ def regression(
     variance: Tensor | None = None,
     *,
     weights: Tensor | Sequence[float] | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> Uncertainty:
     """Split the variance of a mixture: ``Var[y] == mean variance_i + variance of mean_i``.
 
@@ -137,6 +147,8 @@ def regression(
         variance: Variances of the same shape, none below zero: of log-variances, ``.exp()``. None
             for members that predict points.
         weights: One number per member, as for `combine.weighted`; equal ones by default.
+        mesh: The ranks that the members are spread over; then all that is given is of this rank's
+            members, and the result is that of all.
 
     Returns:
         The mean, and three variances in the squared unit of the mean, of its dtype.
@@ -160,18 +172,21 @@ def regression(
     call = "uncertainty.regression"
     member_axis.check_members(call, mean)
     _check_dtype(call, mean)
-    _check_variance(call, mean, variance)
+    group = member_group(call, mesh)
+    raise_together(_wrong_variance(call, mean, variance), group, mean.device)
     wide = torch.promote_types(mean.dtype, torch.float32)
     if variance is not None:
         wide = torch.promote_types(wide, variance.dtype)
-    w = None if weights is None else member_axis.shares(call, weights, mean)
+    w = None if weights is None else member_axis.shares(call, weights, mean, group)
     # From member 0 on: where all agree the difference is exactly zero, however large the numbers.
-    first = mean.select(0, 0).to(wide)
+    first = _origin(mean, group).to(wide)
     offset = mean.to(wide) - first
-    average = _mean(offset, w)
+    average = member_reduction.mean(offset, w, group)
     prediction = first + average
-    epistemic = _mean((offset - average).square(), w)
-    aleatoric = torch.zeros_like(epistemic) if variance is None else _mean(variance.to(wide), w)
+    epistemic = member_reduction.mean((offset - each_uses(average, group)).square(), w, group)
+    aleatoric = torch.zeros_like(epistemic)
+    if variance is not None:
+        aleatoric = member_reduction.mean(variance.to(wide), w, group)
     found = (prediction, aleatoric + epistemic, aleatoric, epistemic)
     return Uncertainty(*(each.to(mean.dtype) for each in found))
 
@@ -192,12 +207,10 @@ def _divergence_terms(p: Tensor, log_p: Tensor, mean: Tensor, log_of_mean: Tenso
     return torch.where(is_near, p * (near + torch.expm1(-near)), p * d - p + mean)
 
 
-def _mean(values: Tensor, w: Tensor | None) -> Tensor:
-    return values.mean(0) if w is None else (w * values).sum(0)
-
-
-def _without(w: Tensor | None, dim: int) -> Tensor | None:
-    return None if w is None else w.squeeze(dim)
+def _origin(mean: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Member 0 of all; nothing depends on it but how differences are rounded."""
+    first = mean.detach().select(0, 0)
+    return first if group is None else broadcast_first(first, group)
 
 
 def _check_dtype(call: str, outputs: Tensor) -> None:
@@ -208,8 +221,8 @@ def _check_dtype(call: str, outputs: Tensor) -> None:
         )
 
 
-def _check_probabilities(call: str, outputs: Tensor, dim: int) -> None:
-    """Raise for logits that pass for probabilities, if that takes no wait for a device."""
+def _wrong_probabilities(call: str, outputs: Tensor, dim: int) -> Exception | None:
+    """The error for logits that pass for probabilities, if that takes no wait for a device."""
     slack = max(1e-3, 16 * torch.finfo(outputs.dtype).eps)
     p = outputs.detach()
     sums = p.sum(dim, dtype=torch.promote_types(p.dtype, torch.float32))
@@ -217,29 +230,31 @@ def _check_probabilities(call: str, outputs: Tensor, dim: int) -> None:
     facts = torch.stack([(p < 0).sum(), ((sums - 1).abs() > slack).sum()])
     counts = member_axis.values_on_cpu(facts)
     if counts and any(counts):
-        raise ValueError(
+        return ValueError(
             f"{call}: probabilities are at least 0 and sum to 1 over the classes on axis {dim}, "
             f"but {counts[0]} of {p.numel()} are below 0, and {counts[1]} of {sums.numel()} sums "
             f'differ from 1; pass given="logits" for logits, or another dim'
         )
+    return None
 
 
-def _check_variance(call: str, mean: Tensor, variance: Tensor | None) -> None:
+def _wrong_variance(call: str, mean: Tensor, variance: Tensor | None) -> Exception | None:
     if mean.is_complex():
-        raise TypeError(f"{call}: predictions are real numbers, got {mean.dtype}")
+        return TypeError(f"{call}: predictions are real numbers, got {mean.dtype}")
     if variance is None:
-        return
+        return None
     if not isinstance(variance, Tensor) or not variance.is_floating_point():
         kind = variance.dtype if isinstance(variance, Tensor) else type(variance).__name__
-        raise TypeError(f"{call}: variance is a tensor of floating dtype, got {kind}")
+        return TypeError(f"{call}: variance is a tensor of floating dtype, got {kind}")
     if variance.shape != mean.shape:
-        raise ValueError(
+        return ValueError(
             f"{call}: each prediction has one variance, but mean has shape {tuple(mean.shape)} and "
             f"variance {tuple(variance.shape)}"
         )
     negative = member_axis.values_on_cpu((variance.detach() < 0).sum().reshape(1))
     if negative and any(negative):
-        raise ValueError(
+        return ValueError(
             f"{call}: variances are at least 0, but {negative[0]} of {variance.numel()} are below; "
             f"for members that return log-variances: regression(mean, log_variance.exp())"
         )
+    return None

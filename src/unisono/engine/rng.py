@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -41,6 +43,42 @@ def is_equal(a: RandomState, b: RandomState) -> bool:
     """Whether nothing was drawn between the two readings."""
     pairs = [(a.cpu, b.cpu), *((x, y) for (_, x), (_, y) in zip(a.others, b.others, strict=True))]
     return all(torch.equal(x, y) for x, y in pairs)
+
+
+@contextmanager
+def drawing_apart(place: int, devices: Iterable[torch.device]) -> Iterator[None]:
+    """Let equal generators draw different numbers at each place, and be equal again afterwards.
+
+    For processes that go through the same program: each draws numbers of its own in here, and
+    afterwards all generators are as before, if nothing was drawn, or one step further. So what is
+    drawn outside, such as the order of the rows, remains the same in all processes.
+
+    Args:
+        place: The number of this process.
+        devices: The accelerators, beside the CPU.
+    """
+    devices = list(devices)
+    before = get_state(devices)
+    seed = zlib.crc32(before.cpu.numpy().data)
+    for _, value in before.others:
+        seed = zlib.crc32(value.numpy().data, seed)
+    # torch's generator of the CPU takes 32 bits of a seed. An odd factor: no two places are equal.
+    _seed_all((seed + (place + 1) * 0x9E3779B1) % 2**32, devices)
+    seeded = get_state(devices)
+    try:
+        yield
+    finally:
+        has_drawn = not is_equal(seeded, get_state(devices))
+        set_state(before)
+        if has_drawn:
+            _seed_all(seed, devices)
+
+
+def _seed_all(seed: int, devices: Iterable[torch.device]) -> None:
+    torch.default_generator.manual_seed(seed)
+    for device in devices:
+        with torch.get_device_module(device).device(device):
+            torch.get_device_module(device).manual_seed(seed)
 
 
 def _is_available(device: torch.device) -> bool:

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from unisono import uncertainty
+from unisono.collectives import member_group
 from unisono.evaluation.readings import Reading, check_members, check_tensor, mismatch, stack_last
 from unisono.member_axis import finite, log_mean, shares
 from unisono.training.combined import Combine
@@ -26,6 +28,7 @@ class ClassReader:
         weights: Their shares in the combined prediction; None for equal ones.
         combine: Logits of all members -> logits of the combined prediction; None for the logarithm
             of the mean probability.
+        mesh: The ranks that hold the other members; None for none.
 
     Shape:
         - weights: (N,)
@@ -33,8 +36,17 @@ class ClassReader:
 
     unit = "nats"
 
-    def __init__(self, n: int, *, weights: Tensor | None, combine: Combine | None) -> None:
+    def __init__(
+        self,
+        n: int,
+        *,
+        weights: Tensor | None,
+        combine: Combine | None,
+        mesh: DeviceMesh | None = None,
+    ) -> None:
         self._n = n
+        self._mesh = mesh
+        self._group = member_group("evaluate", mesh)
         self._weights = weights
         self._combine = combine
         self._range: Tensor | None = None  # lowest and highest target, on their device
@@ -44,10 +56,10 @@ class ClassReader:
         """Read a minibatch; see `Reader`."""
         logits = self._check_logits(outputs)
         log_p = _log_probabilities(logits)  # (N, B, C, *)
-        found = uncertainty.classification(log_p, dim=2, weights=self._weights)
+        found = uncertainty.classification(log_p, dim=2, weights=self._weights, mesh=self._mesh)
         own = -(log_p.exp() * finite(log_p)).sum(2)  # (N, B, *)
         if self._combine is None:
-            combined = log_mean(finite(log_p), self._shares(log_p))
+            combined = log_mean(finite(log_p), self._shares(log_p), self._group)
         else:
             combined = self._check_combined(self._combine(outputs), logits)
         everyone = stack_last(log_p, combined)  # (N + 1, B, C, *)
@@ -88,7 +100,9 @@ class ClassReader:
         return {name: value.flatten(1) for name, value in values.items()}
 
     def _shares(self, log_p: Tensor) -> Tensor | None:
-        return None if self._weights is None else shares("evaluate", self._weights, log_p)
+        if self._weights is None:
+            return None
+        return shares("evaluate", self._weights, log_p, self._group)
 
     def _note_range(self, y: Tensor) -> None:
         if y.numel():

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader
 
 from unisono.calibration import pool
+from unisono.collectives import member_group
 from unisono.combination import Combination
+from unisono.distributed.gathering import gather
 from unisono.ensemble import Ensemble
 from unisono.evaluation.result import Evaluation, Task
 from unisono.evaluation.undisturbed import device_of, undisturbed
@@ -39,6 +42,7 @@ def evaluate(
     batch_size: int | None = None,
     out_of_distribution: Any = None,
     device: torch.device | str | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> Evaluation:
     """Measure every member and their combined prediction in one pass over the data.
 
@@ -73,6 +77,9 @@ def evaluate(
         out_of_distribution: Data of another distribution, as ``data`` or without targets: how well
             uncertainty separates them.
         device: Where the minibatches are moved; to the ensemble's device by default.
+        mesh: The ranks that the members are spread over (see `unisono.distributed`). Every rank
+            passes its own members and all of the data, and gets the evaluation of all members;
+            ``combine`` gets the outputs of all.
 
     Returns:
         Metrics of each member and of all together, mean uncertainty, and the areas under the ROC
@@ -115,14 +122,20 @@ def evaluate(
         weights=weights,
     )
     place = device_of(ens) if device is None else torch.device(device)
+    group = member_group("evaluate", mesh)
     if weights is None and combine is None:
-        weights, combine = ens.combination.weights, _tempered(ens.combination, task)
-    own = None if weights is None else shares("evaluate", weights, torch.empty(len(ens))).to(place)
+        weights, combine = ens.combination.weights, _tempered(ens.combination, task, mesh)
+    elif combine is not None and mesh is not None:
+        combine = _of_all(combine, mesh)
+    own = None
+    if weights is not None:
+        own = shares("evaluate", weights, torch.empty(len(ens), device=place), group)
     measures = Measures(
         task,
         len(ens),
         weights=own,
         combine=combine,
+        mesh=mesh,
         metrics=made(metrics),
         outside=out_of_distribution is not None,
     )
@@ -149,14 +162,21 @@ def _batches(name: str, data: Any, batch_size: int | None, device: torch.device)
         yield to_device(batch, device)
 
 
-def _tempered(fitted: Combination, task: Task) -> Combine | None:
+def _of_all(combine: Combine, mesh: DeviceMesh) -> Combine:
+    """The caller's combination, of the outputs of the members on all ranks."""
+    return lambda outputs: combine(gather(outputs, mesh))
+
+
+def _tempered(fitted: Combination, task: Task, mesh: DeviceMesh | None) -> Combine | None:
     """The combination of logits by temperatures that were fitted; None where there are none."""
     has_none = fitted.temperatures is None and fitted.pooled_temperature is None
     if has_none or task != "classification":
         return None
 
     def combine(logits: Tensor) -> Tensor:
-        pooled = pool(logits, weights=fitted.weights, temperatures=fitted.temperatures, dim=2)
+        pooled = pool(
+            logits, weights=fitted.weights, temperatures=fitted.temperatures, dim=2, mesh=mesh
+        )
         if fitted.pooled_temperature is None:
             return pooled
         return pooled / fitted.pooled_temperature.to(pooled)

@@ -7,12 +7,14 @@ from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torchmetrics import Metric
 
+from unisono.collectives import gather_rows, member_group
 from unisono.evaluation.classes import ClassReader
 from unisono.evaluation.numbers import NumberReader
 from unisono.evaluation.readings import Reader, Reading
-from unisono.evaluation.result import Evaluation, OutOfDistribution, Task
+from unisono.evaluation.result import Array, Evaluation, OutOfDistribution, Task
 from unisono.evaluation.stacked_metrics import (
     R2,
     CalibrationError,
@@ -65,6 +67,7 @@ class Measures:
         n: The number of members.
         weights: Their shares; None for equal ones.
         combine: See `evaluate`.
+        mesh: The ranks that hold the other members; None for none.
         metrics: Name -> a metric of the caller.
         outside: Whether rows of another distribution come after the others.
     """
@@ -76,12 +79,14 @@ class Measures:
         *,
         weights: Tensor | None,
         combine: Combine | None,
+        mesh: DeviceMesh | None = None,
         metrics: Mapping[str, Metric],
         outside: bool,
     ) -> None:
         self._task: Task = task
         self._n = n
-        self._reader: Reader = READERS[task](n, weights=weights, combine=combine)
+        self._group = member_group("evaluate", mesh)
+        self._reader: Reader = READERS[task](n, weights=weights, combine=combine, mesh=mesh)
         self._row_means: dict[str, RowMean] = {}
         self._metrics: dict[str, Metric] = {name: make(n + 1) for name, make in _OWN[task].items()}
         self._metrics |= {name: EachMember(name, metric, n + 1) for name, metric in metrics.items()}
@@ -91,10 +96,12 @@ class Measures:
         self._separation = Separation(3, bits=bits + 2, **range_) if outside else None
         self._own_separation = Separation(n, bits=bits, **range_) if outside else None
         self._states_own = True
+        self._place = torch.device("cpu")
 
     def add(self, outputs: Any, targets: Any) -> None:
         """Measure a minibatch of the data."""
         reading = self._reader.read(outputs, targets)
+        self._place = reading.predictions.device
         for name, values in reading.row_values.items():
             if name not in self._row_means:
                 self._row_means[name] = RowMean()
@@ -127,7 +134,7 @@ class Measures:
         return Evaluation(
             self._task,
             self._rows[False],
-            {name: found[:-1].numpy() for name, found in values.items()},
+            self._of_all_members({name: found[:-1] for name, found in values.items()}),
             {name: float(found[-1]) for name, found in values.items()},
             self._mean_uncertainty(is_outside=False),
             self._outside(),
@@ -145,6 +152,14 @@ class Measures:
         else:
             _on(device, self._own_separation).update(reading.own, is_outside)
 
+    def _of_all_members(self, values: Mapping[str, Tensor]) -> dict[str, Array]:
+        """Values of this rank's members -> those of the members on all ranks, in one message."""
+        if self._group is None:
+            return {name: found.numpy() for name, found in values.items()}
+        rows = torch.stack(list(values.values()), 1).to(self._place)
+        columns = gather_rows(rows, self._group).cpu().numpy().T
+        return dict(zip(values, columns, strict=True))
+
     def _mean_uncertainty(self, *, is_outside: bool) -> dict[str, float]:
         return dict(zip(_PARTS, _read(self._uncertainty[is_outside]).tolist(), strict=True))
 
@@ -153,7 +168,9 @@ class Measures:
             return None
         return OutOfDistribution(
             auroc=dict(zip(_PARTS, _read(self._separation).tolist(), strict=True)),
-            members=_read(self._own_separation).numpy() if self._states_own else None,
+            members=self._of_all_members({"": _read(self._own_separation)})[""]
+            if self._states_own
+            else None,
             uncertainty=self._mean_uncertainty(is_outside=True),
             rows=self._rows[True],
         )

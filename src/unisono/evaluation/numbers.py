@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from unisono import uncertainty
+from unisono.collectives import member_group
 from unisono.evaluation.readings import (
     Reading,
     check_members,
@@ -35,6 +37,7 @@ class NumberReader:
         weights: Their shares in the combined prediction; None for equal ones.
         combine: Outputs of all members -> the combined prediction in the same form; None for the
             mixture.
+        mesh: The ranks that hold the other members; None for none.
 
     Shape:
         - weights: (N,)
@@ -42,8 +45,17 @@ class NumberReader:
 
     unit = "squared units of the targets"
 
-    def __init__(self, n: int, *, weights: Tensor | None, combine: Combine | None) -> None:
+    def __init__(
+        self,
+        n: int,
+        *,
+        weights: Tensor | None,
+        combine: Combine | None,
+        mesh: DeviceMesh | None = None,
+    ) -> None:
         self._n = n
+        self._mesh = mesh
+        self._group = member_group("evaluate", mesh)
         self._weights = weights
         self._combine = combine
 
@@ -55,7 +67,7 @@ class NumberReader:
             targets = self._check_targets(targets, mean)
             mean = mean.reshape(self._n, *targets.shape)
             variance = variance if variance is None else variance.reshape(mean.shape)
-        found = uncertainty.regression(mean, variance, weights=self._weights)
+        found = uncertainty.regression(mean, variance, weights=self._weights, mesh=self._mesh)
         combined, combined_variance = found.prediction, None
         if self._combine is not None:
             combined, combined_variance = self._combined(outputs, mean, variance)
@@ -65,8 +77,7 @@ class NumberReader:
             if combined_variance is not None:
                 joint = _log_density(combined[None], combined_variance[None], targets)[0]
             else:
-                w = None if self._weights is None else shares("evaluate", self._weights, own)
-                joint = log_mean(own, w)
+                joint = log_mean(own, self._shares(own), self._group)
             values["nll"] = -stack_last(own, joint)
         return Reading(
             stack_last(mean, combined),
@@ -78,6 +89,11 @@ class NumberReader:
 
     def check(self) -> None:
         """Numbers are what they are."""
+
+    def _shares(self, values: Tensor) -> Tensor | None:
+        if self._weights is None:
+            return None
+        return shares("evaluate", self._weights, values, self._group)
 
     def _combined(
         self, outputs: Any, mean: Tensor, variance: Tensor | None

@@ -1,0 +1,128 @@
+"""Whether all ranks run the same program: compared once, and told on every rank what differs."""
+
+from __future__ import annotations
+
+import inspect
+import zlib
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from unisono.describe import class_name, list_facts
+from unisono.distributed.mesh import START
+from unisono.ensemble import Ensemble
+from unisono.errors import EnsembleError
+
+_INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+Facts = Mapping[str, str]
+
+
+def agree(call: str, facts: Facts, error: Exception | None = None) -> None:
+    """Raise on every rank unless none has an error and all state the same facts.
+
+    Args:
+        call: The function that the user called, for the message.
+        facts: What has to be equal on all ranks, by name.
+        error: What is wrong on this rank, which has no facts then.
+
+    Raises:
+        EnsembleError: If another rank has an error, or facts differ; it lists which.
+        Exception: The error of this rank.
+    """
+    found: list[Any] = [None] * dist.get_world_size()
+    # As a text: what others raise may not survive a pickle.
+    dist.all_gather_object(found, (dict(facts), None if error is None else _told(error)))
+    if error is not None:
+        raise error
+    broken = [f"rank {r}: {text}" for r, (_, text) in enumerate(found) if text is not None]
+    if broken:
+        raise EnsembleError(f"{call}: not all ranks could go on:\n\n{list_facts(broken)}")
+    differences = _differences([facts for facts, _ in found])
+    if differences:
+        ranks = len({rank for rank, _ in differences})
+        raise EnsembleError(
+            f"{call}: all ranks run one program on one ensemble, but {ranks} of {len(found)} differ"
+            f" from rank 0:\n\n{list_facts([text for _, text in differences])}\n\n"
+            f"Start the same script with the same settings and seeds everywhere:\n\n    {START}"
+        )
+
+
+def facts_of(ens: Ensemble, num_members: int) -> dict[str, str]:
+    """What has to be equal on all ranks that hold a part of one ensemble."""
+    return {
+        "number of members": str(num_members),
+        "version of torch": torch.__version__,
+        "shared": str(sorted(ens.shared)),
+        "randomness": repr(ens.randomness),
+        **_tensors(ens),
+        **_code(ens),
+    }
+
+
+def values_of(ens: Ensemble) -> dict[str, str]:
+    """A checksum of the values of each tensor, for ensembles that are whole on every rank."""
+    named = ens.state_dict()
+    sums = [_checksum(tensor) for tensor in named.values() if isinstance(tensor, Tensor)]
+    return {
+        f"values of {name}": f"checksum {value}"
+        for name, value in zip(named, torch.stack(sums).tolist() if sums else (), strict=True)
+    }
+
+
+def _differences(facts: Sequence[Facts]) -> list[tuple[int, str]]:
+    """Of each rank against rank 0; values only where all else is equal."""
+    found = [
+        (rank, name, other.get(name, "nothing of that name"), first)
+        for rank, other in enumerate(facts)
+        for name, first in _both(facts[0], other)
+        if other.get(name) != first
+    ]
+    form = [each for each in found if not each[1].startswith("values of ")]
+    return [(rank, f"rank {rank}, {n}: {a}; rank 0 has {b}") for rank, n, a, b in form or found]
+
+
+def _both(first: Facts, other: Facts) -> list[tuple[str, str]]:
+    names = [*first, *(name for name in other if name not in first)]
+    return [(name, first.get(name, "nothing of that name")) for name in names]
+
+
+def _tensors(ens: Ensemble) -> dict[str, str]:
+    """Shape and dtype of every tensor of a member."""
+    shared: Collection[str] = ens.shared
+    named = [*ens.members.named_parameters(), *ens.members.named_buffers()]
+    return {
+        f"`{name}`": f"shape {tuple(t.shape if name in shared else t.shape[1:])}, {t.dtype},"
+        f" requires_grad={t.requires_grad}"
+        for name, t in named
+    }
+
+
+def _code(ens: Ensemble) -> dict[str, str]:
+    """A checksum of the source of every class in a member's tree, and how its modules are set."""
+    classes = {type(module) for module in ens[0].modules()}
+    return {
+        f"code of {class_name(kind)}": f"checksum {_source(kind)}"
+        for kind in sorted(classes, key=class_name)
+    } | {"model": " ".join(repr(ens[0]).split())}
+
+
+def _source(kind: type[nn.Module]) -> int:
+    try:
+        return zlib.crc32(inspect.getsource(kind).encode())
+    except (OSError, TypeError):  # typed into a prompt
+        return zlib.crc32(kind.forward.__code__.co_code)
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """The bits of all elements as integers, summed: equal for equal values in any order of work."""
+    value = tensor.detach()
+    value = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
+    bits = value.contiguous().view(_INTEGERS[value.element_size()])
+    return bits.sum(dtype=torch.int64)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

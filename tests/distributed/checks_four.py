@@ -1,0 +1,127 @@
+"""Checks on four ranks, a mesh of two blocks with two replicas each."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+from one_process import batch, equal, make_model, whole
+from unisono import Ensemble, combine, distributed, evaluate, member_losses, optim
+
+N = 5
+
+
+def blocks_of_nine_members_are_as_even_as_can_be(mesh):
+    names = ("member",)
+    for line in (
+        distributed.make_mesh(),
+        dist.init_device_mesh("cpu", (4,), mesh_dim_names=names),
+    ):
+        part = distributed.build(make_model, 9, line, seed=3)
+        assert (
+            part.block.members == [range(3), range(3, 5), range(5, 7), range(7, 9)][dist.get_rank()]
+        )
+        ens, (x, _) = whole(9), batch()
+        equal(distributed.gather(part(x), line), ens(x))
+        equal(combine.probabilities(part(x), mesh=line), combine.probabilities(ens(x)))
+
+
+def replicas_hold_the_same_members(mesh):
+    part = distributed.shard(whole(N), mesh)
+    block = part.block
+    assert (block.index, block.replica) == divmod(dist.get_rank(), 2)
+    assert (block.num_blocks, block.num_replicas) == (2, 2)
+    equal(distributed.gather(part(batch()[0]), mesh), whole(N)(batch()[0]))
+
+
+def _trained(ens, call, x, y, accumulate=1):
+    optimizer = optim.Adam(ens, lr=1e-2)
+    for _ in range(5):
+        optimizer.zero_grad()
+        for k in range(accumulate):
+            rows = slice(k, None, accumulate)
+            losses = member_losses(F.cross_entropy, call(x[rows]), y[rows])
+            (losses.sum() / accumulate).backward()
+        optimizer.step()
+
+
+def five_steps_on_halves_of_the_batch_equal_one_process(mesh):
+    x, y = batch()
+    for shared in ((), "0.*"):
+        ens = whole(N, shared=shared)
+        part = distributed.shard(ens, mesh)
+        own = part.block.replica
+        model = distributed.Synchronised(part)
+        _trained(ens, ens, x, y)
+        _trained(part, model, x.chunk(2)[own], y.chunk(2)[own])
+        for name, theirs in ens.members.named_parameters():
+            rows = slice(None) if name in ens.shared else part.block.slice
+            equal(part.members.get_parameter(name).detach(), theirs.detach()[rows])
+
+
+def gradients_accumulate_with_and_without_no_sync(mesh):
+    x, y = batch()
+    ens = whole(N, shared="0.*")
+    part = distributed.shard(ens, mesh)
+    model = distributed.Synchronised(part)
+    own = part.block.replica
+    halves = [(x[rows], y[rows]) for rows in (slice(0, 8), slice(8, 12))]
+    for xs, ys in halves:
+        member_losses(F.cross_entropy, ens(xs), ys).sum().backward()
+    for quiet in (False, True):
+        part.zero_grad()
+        for k, (xs, ys) in enumerate(halves):
+            xs, ys = xs.chunk(2)[own], ys.chunk(2)[own]
+            if quiet and k == 0:
+                with model.no_sync():
+                    member_losses(F.cross_entropy, model(xs), ys).sum().backward()
+            else:
+                member_losses(F.cross_entropy, model(xs), ys).sum().backward()
+        for name, theirs in ens.members.named_parameters():
+            rows = slice(None) if name in ens.shared else part.block.slice
+            equal(part.members.get_parameter(name).grad, theirs.grad[rows])
+
+
+def buffers_of_batch_norm_are_the_first_replicas(mesh):
+    ens = Ensemble.build(lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double(), 4)
+    part = distributed.shard(ens, mesh)
+    model = distributed.Synchronised(part)
+    x, _ = batch()
+    for _ in range(2):
+        ens(x.chunk(2)[0])
+        model(x.chunk(2)[part.block.replica]).sum().backward()
+    with torch.no_grad():
+        model(x.chunk(2)[0])  # in which the buffers are sent
+        ens(x.chunk(2)[0])
+    equal(part.members[1].running_mean, ens.members[1].running_mean[part.block.slice])
+
+
+def evaluation_repeats_on_the_replicas(mesh):
+    ens, data = whole(N), batch(40)
+    part = distributed.shard(ens, mesh)
+    found = evaluate(part, data, task="classification", mesh=mesh)
+    wanted = evaluate(ens, data, task="classification")
+    for name, values in wanted.members.items():
+        equal(torch.tensor(found.members[name]), torch.tensor(values))
+        assert abs(found.combined[name] - wanted.combined[name]) < 1e-12
+
+
+def dropout_differs_between_replicas(mesh):
+    part = distributed.shard(Ensemble.build(lambda: nn.Dropout(0.5), 4), mesh)
+    mask = part(torch.ones(64))
+    found = [torch.empty_like(mask) for _ in range(4)]
+    dist.all_gather(found, mask)
+    assert len({tuple(row.tolist()) for each in found for row in each}) == 8
+
+
+CHECKS = [
+    blocks_of_nine_members_are_as_even_as_can_be,
+    replicas_hold_the_same_members,
+    five_steps_on_halves_of_the_batch_equal_one_process,
+    gradients_accumulate_with_and_without_no_sync,
+    buffers_of_batch_norm_are_the_first_replicas,
+    evaluation_repeats_on_the_replicas,
+    dropout_differs_between_replicas,
+]
