@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import operator
+import os
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, SupportsIndex, get_args
@@ -47,16 +48,55 @@ def check_options(
 
 def check_build(make_model: Any, n: Any, seed: Any) -> None:
     """Raise unless n models can be made by calling ``make_model`` under seeds."""
-    if isinstance(make_model, nn.Module) or not callable(make_model):
-        raise TypeError(
-            f"Ensemble.build: make_model is a function that returns a new model, got"
-            f" {type(make_model).__name__}; pass the class, or lambda: Net(...)"
-        )
+    check_make_model(make_model, "Ensemble.build")
     for name, value in (("n", n), ("seed", seed)):
         if not isinstance(value, SupportsIndex):
             raise TypeError(f"Ensemble.build: {name} is an integer, got {value!r}")
     if operator.index(n) < 1:
         raise ValueError(f"Ensemble.build: n is the number of members, at least 1; got {n}")
+
+
+def check_make_model(make_model: Any, call: str) -> None:
+    """Raise unless ``make_model`` is a function."""
+    if isinstance(make_model, nn.Module) or not callable(make_model):
+        raise TypeError(
+            f"{call}: make_model is a function that returns a new model, got"
+            f" {type(make_model).__name__}; pass the class, or lambda: Net(...)"
+        )
+
+
+def check_model(model: Any, call: str) -> nn.Module:
+    """What ``make_model`` made, if it is a model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{call}: make_model() returned a {type(model).__name__}, not a module")
+    return model
+
+
+def check_members_to_load(members: Any) -> list[int] | None:
+    """The members to load, as a list; whether they exist, the file will tell."""
+    if members is None:
+        return None
+    if isinstance(members, (str, SupportsIndex)) or not hasattr(members, "__iter__"):
+        raise TypeError(
+            f"Ensemble.load: members= is a list of integers, got {members!r}; one: members=[0]"
+        )
+    values = list(members)
+    if any(isinstance(v, bool) or not isinstance(v, SupportsIndex) for v in values):
+        raise TypeError(f"Ensemble.load: members= is a list of integers, got {values!r:.100}")
+    if not values:
+        raise ValueError("Ensemble.load: an ensemble has at least one member; members= is empty")
+    return [operator.index(v) for v in values]
+
+
+def check_paths(paths: Any) -> None:
+    """Raise unless these are the files of one model each."""
+    if isinstance(paths, (str, bytes, os.PathLike)) or not isinstance(paths, Sequence):
+        raise TypeError(
+            f"Ensemble.from_checkpoints: paths is a list of files, one for each member, got"
+            f" {paths!r:.100}; for a pattern: sorted(pathlib.Path('.').glob('*.pt'))"
+        )
+    if not paths:
+        raise ValueError("Ensemble.from_checkpoints: an ensemble has at least one member; no paths")
 
 
 def check_index(index: Any, n: int) -> int:

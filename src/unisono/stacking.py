@@ -78,7 +78,7 @@ def stack(models: Sequence[nn.Module], *, shared: Collection[str] = ()) -> Membe
             return first.detach().clone()
         return _stack_tensors([column[name] for column in columns])
 
-    return _mirror(models[0], join)
+    return mirror(models[0], join)
 
 
 def select(
@@ -97,11 +97,53 @@ def select(
     def take_leaf(leaf: Any) -> Any:
         return take("", leaf) if isinstance(leaf, Tensor) else leaf
 
-    chosen = _mirror(members, take)
+    chosen = mirror(members, take)
     for path, key in attributes:
         kept = vars(members.get_submodule(path))[key]
         vars(chosen.get_submodule(path))[key] = tree_map(take_leaf, kept)
     return chosen
+
+
+def mirror(model: nn.Module, convert: Callable[[str, Tensor], Tensor]) -> MemberTree:
+    """The bare tree of a model, its tensors ``convert(name, tensor)``; ties stay ties.
+
+    Args:
+        model: A member, or a tree.
+        convert: Gives the tensor that stands for one of the model's; called once for tied ones.
+
+    Returns:
+        The tree, with the names, modes, persistent flags and ``requires_grad`` of the model.
+    """
+    trees: dict[int, MemberTree] = {}
+    tensors: dict[int, Tensor] = {}
+
+    def converted(name: str, tensor: Tensor | None) -> Any:
+        if tensor is None:
+            return None
+        if id(tensor) not in tensors:
+            tensors[id(tensor)] = _like(tensor, convert(name, tensor))
+        return tensors[id(tensor)]
+
+    def visit(module: nn.Module, prefix: str) -> MemberTree:
+        if id(module) in trees:
+            return trees[id(module)]
+        tree = trees[id(module)] = MemberTree()
+        tree.training = module.training
+        for key, parameter in parameters_of(module).items():
+            tree.register_parameter(key, converted(prefix + key, parameter))
+        transient = non_persistent_buffers_of(module)
+        for key, buffer in buffers_of(module).items():
+            persistent = key not in transient
+            tree.register_buffer(key, converted(prefix + key, buffer), persistent=persistent)
+        for key, child in children_of(module).items():
+            tree.add_module(key, None if child is None else visit(child, f"{prefix}{key}."))
+        return tree
+
+    tree = visit(model, "")
+    # `visit` refers to itself, and would keep the tensors alive until the next garbage collection.
+    trees.clear()
+    tensors.clear()
+    return tree
 
 
 def make_template(model: nn.Module) -> nn.Module:
@@ -168,40 +210,6 @@ def unstack(
     return member
 
 
-def _mirror(model: nn.Module, convert: Callable[[str, Tensor], Tensor]) -> MemberTree:
-    """The bare tree of a model, its tensors ``convert(name, tensor)``; ties stay ties."""
-    trees: dict[int, MemberTree] = {}
-    tensors: dict[int, Tensor] = {}
-
-    def converted(name: str, tensor: Tensor | None) -> Any:
-        if tensor is None:
-            return None
-        if id(tensor) not in tensors:
-            tensors[id(tensor)] = _like(tensor, convert(name, tensor))
-        return tensors[id(tensor)]
-
-    def visit(module: nn.Module, prefix: str) -> MemberTree:
-        if id(module) in trees:
-            return trees[id(module)]
-        tree = trees[id(module)] = MemberTree()
-        tree.training = module.training
-        for key, parameter in parameters_of(module).items():
-            tree.register_parameter(key, converted(prefix + key, parameter))
-        transient = non_persistent_buffers_of(module)
-        for key, buffer in buffers_of(module).items():
-            persistent = key not in transient
-            tree.register_buffer(key, converted(prefix + key, buffer), persistent=persistent)
-        for key, child in children_of(module).items():
-            tree.add_module(key, None if child is None else visit(child, f"{prefix}{key}."))
-        return tree
-
-    tree = visit(model, "")
-    # `visit` refers to itself, and would keep the tensors alive until the next garbage collection.
-    trees.clear()
-    tensors.clear()
-    return tree
-
-
 def _like(tensor: Tensor, value: Tensor) -> Tensor:
     """``value`` as a parameter if ``tensor`` is one, with its ``requires_grad``."""
     if isinstance(tensor, nn.Parameter):
@@ -209,15 +217,20 @@ def _like(tensor: Tensor, value: Tensor) -> Tensor:
     return value.requires_grad_(tensor.requires_grad)
 
 
-def _stack_tensors(tensors: Sequence[Tensor]) -> Tensor:
-    """(N, *) with a copy of the tensors, each item in the memory format of the first."""
-    like = torch.empty_like(tensors[0].detach())
-    out = torch.empty_strided(
-        (len(tensors), *like.shape),
+def empty_stack(tensor: Tensor, n: int, device: torch.device | None = None) -> Tensor:
+    """(n, *) without values, each item in the memory format of the tensor."""
+    like = torch.empty_like(tensor.detach(), device="meta")
+    return torch.empty_strided(
+        (n, *like.shape),
         (max(like.numel(), 1), *like.stride()),
         dtype=like.dtype,
-        device=like.device,
+        device=device or tensor.device,
     )
+
+
+def _stack_tensors(tensors: Sequence[Tensor]) -> Tensor:
+    """(N, *) with a copy of the tensors, each item in the memory format of the first."""
+    out = empty_stack(tensors[0], len(tensors))
     for item, tensor in zip(out.unbind(), tensors, strict=True):
         item.copy_(tensor.detach())
     return out

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from unisono import CheckpointError, Ensemble, EnsembleWarning, fit, optim
+from unisono.checkpoint.reading import read
 from unisono.training.plain import from_plain, to_plain
-from unisono.training.state_file import read, write
 
 N = 3
 SOURCE = Path(__file__).parents[2] / "src"
@@ -427,37 +427,6 @@ def test_state_in_plain_attributes_is_named(tmp_path):
 
 
 # The file -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "tensor",
-    [
-        torch.randn(3, 4),
-        torch.randn(3, 5, 4).mT,
-        torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
-        torch.empty_strided((2, 1, 3), (3, 1, 1)).fill_(1),
-        torch.tensor(3.0),
-        torch.zeros(0, 2),
-        torch.tensor([True, False]),
-        torch.randn(3).bfloat16(),
-    ],
-)
-def test_tensors_come_back_in_their_order(tmp_path, tensor):
-    write(tmp_path / "f", {"x": tensor}, {"a": [1, None]})
-    tensors, facts = read(tmp_path / "f", what="it")
-    assert torch.equal(tensors["x"], tensor)
-    assert tensors["x"].stride() == tensor.stride()
-    assert tensors["x"].dtype == tensor.dtype
-    assert facts == {"a": [1, None]}
-
-
-def test_strides_that_overlap_are_refused(tmp_path):
-    from safetensors.torch import save_file
-
-    text = '{"facts": {}, "strides": {"x": [0, 1]}}'
-    save_file({"x": torch.zeros(2, 2)}, tmp_path / "f", metadata={"unisono": text})
-    with pytest.raises(CheckpointError, match=r"shape \(2, 2\) can't have the strides \[0, 1\]"):
-        read(tmp_path / "f", what="it")
 
 
 def test_plain_values_come_back_as_they_were():

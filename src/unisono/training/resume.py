@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from unisono import plans
+from unisono.checkpoint.reading import read
+from unisono.checkpoint.writing import write
 from unisono.engine.where import caller_level
 from unisono.ensemble import Ensemble
 from unisono.errors import CheckpointError, EnsembleWarning
@@ -20,7 +22,6 @@ from unisono.training.history import Array, EpochRecord, Validation
 from unisono.training.plain import from_plain, to_plain
 from unisono.training.running import shared_tensors
 from unisono.training.session import Session
-from unisono.training.state_file import read, write
 
 _FORMAT: Final = 1
 _WHAT: Final = "a checkpoint of unisono.fit"

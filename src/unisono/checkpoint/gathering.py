@@ -1,0 +1,173 @@
+"""N files of one model each to the stacked tensors of an ensemble, one file after another."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import zip_longest
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from unisono.checkpoint.architecture import ties
+from unisono.checkpoint.member_file import Select, open_member
+from unisono.describe import contrast_tensors, list_facts
+from unisono.errors import CheckpointError
+from unisono.module_tree import named_tensors
+from unisono.stacking import MemberTree, empty_stack, mirror
+
+_PREFIXES: Final = ("module.", "model.", "_orig_mod.", "net.")
+
+
+def gather(
+    model: nn.Module,
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    select: Select | None,
+    shared: Collection[str],
+    device: torch.device | None,
+) -> MemberTree:
+    """Stack the states of N files: row i of each tensor is that in ``paths[i]``.
+
+    At no time is more in memory than the stacked tensors, the model, and one file.
+
+    Args:
+        model: Says what is expected; buffers that no file keeps are taken from it.
+        paths: One for each member.
+        select: Picks the state dict out of what a pickled file holds.
+        shared: Names of tensors to be kept once; they are to be equal in all files.
+        device: Where the tensors are to lie; None for where the model's lie.
+
+    Raises:
+        OSError: If a file can't be read.
+        CheckpointError: For all that doesn't fit, in all files.
+    """
+    own = named_tensors(model)
+    tree = mirror(model, lambda name, like: _room(like, len(paths), device, name in shared))
+    rooms = dict(_once(tree))
+    aliases = _aliases(model)
+    not_saved = _not_saved(model)
+    problems: list[str] = []
+    for i, path in enumerate(paths):
+        try:
+            with open_member(path, select) as state:
+                lines = list(_mismatches(state, own, aliases, not_saved))
+                if not lines:
+                    lines = list(_copy(state, rooms, aliases, own, i, shared))
+                problems += [f"{os.fspath(path)}: {line}" for line in lines]
+        except CheckpointError as error:
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError(
+            f"Ensemble.from_checkpoints: {len(problems)} problems in {len(paths)} files:\n\n"
+            f"{list_facts(problems)}"
+        )
+    return tree
+
+
+def _room(like: Tensor, n: int, device: torch.device | None, is_shared: bool) -> Tensor:
+    place = device or (torch.device("cpu") if like.is_meta else like.device)
+    if is_shared:
+        return torch.empty_like(like.detach(), device=place)
+    return empty_stack(like, n, place)
+
+
+def _once(tree: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors by their first name, tied ones once."""
+    yield from tree.named_parameters()
+    yield from tree.named_buffers()
+
+
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    """First name of each tensor -> all its names; a file may hold any of them."""
+    tied = ties(model)
+    found: dict[str, list[str]] = {}
+    for name in named_tensors(model):
+        found.setdefault(tied.get(name, name), []).append(name)
+    return found
+
+
+def _not_saved(model: nn.Module) -> frozenset[str]:
+    """Names of the buffers that aren't part of a state dict."""
+    return frozenset(named_tensors(model).keys() - model.state_dict().keys())
+
+
+def _mismatches(
+    state: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    aliases: Mapping[str, Sequence[str]],
+    not_saved: Collection[str],
+) -> Iterator[str]:
+    """What keeps a state from being that of a member, one fact a line."""
+    missing = [
+        first
+        for first, names in aliases.items()
+        if not any(name in state for name in names) and not all(n in not_saved for n in names)
+    ]
+    unexpected = [name for name in state if name not in own]
+    prefix = _common_prefix(state, own)
+    if prefix is not None:
+        yield (
+            f"all names begin with {prefix!r}; take it off: select=lambda found:"
+            f" {{name.removeprefix({prefix!r}): tensor for name, tensor in found.items()}}"
+        )
+        return
+    for absent, extra in zip_longest(missing, unexpected):
+        if absent is not None:
+            yield f"`{absent}` is missing"
+        if extra is not None:
+            yield f"`{extra}` is unexpected, the model has no tensor of that name"
+    for name in (name for name in own if name in state):
+        found, expected = state[name], own[name]
+        if found.shape != expected.shape:
+            shapes = tuple(found.shape), tuple(expected.shape)
+            yield f"`{name}` has shape {shapes[0]}, the model's has {shapes[1]}"
+        if found.dtype != expected.dtype:
+            yield (
+                f"`{name}` is {found.dtype}, the model's is {expected.dtype}; make_model=lambda:"
+                f" Model().to({found.dtype}) makes it so"
+            )
+        if found.layout is not torch.strided:
+            yield f"`{name}` is a {found.layout} tensor, only dense ones can be stacked"
+
+
+def _common_prefix(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:
+    return next(
+        (
+            prefix
+            for prefix in _PREFIXES
+            if state
+            and all(name.startswith(prefix) for name in state)
+            and any(name.removeprefix(prefix) in own for name in state)
+            and not any(name in own for name in state)
+        ),
+        None,
+    )
+
+
+@torch.no_grad()
+def _copy(
+    state: Mapping[str, Tensor],
+    rooms: Mapping[str, Tensor],
+    aliases: Mapping[str, Sequence[str]],
+    own: Mapping[str, Tensor],
+    member: int,
+    shared: Collection[str],
+) -> Iterator[str]:
+    """Copy a state to the member's rows; tell of tied or shared tensors that aren't equal."""
+    for first, room in rooms.items():
+        found = [name for name in aliases[first] if name in state]
+        value = state[found[0]] if found else own[first].detach()
+        for name in found[1:]:
+            if contrast_tensors(state[name], value, values=True):
+                yield f"`{name}` differs from `{found[0]}`, the model has one tensor for both"
+        if value.is_meta:
+            yield f"`{first}` isn't in a state dict, and make_model() makes it without values"
+            continue
+        if first not in shared:
+            room.detach()[member].copy_(value)
+        elif member == 0:
+            room.detach().copy_(value)
+        elif contrast_tensors(room.detach().cpu(), value, values=True):
+            yield f"`{first}` differs from that of the first file, and shared= keeps one for all"
