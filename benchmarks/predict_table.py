@@ -42,10 +42,10 @@ from unisono.commands import predict as command
 from unisono.commands import run_folder, table_estimator
 from unisono.commands.features import encode
 from unisono.commands.machine import describe_machine
-from unisono.commands.preprocessing import to_features
 from unisono.commands.table_files import open_rows
 from unisono.estimators import EnsembleClassifier
 from unisono.estimators.predicting import rows_at_once
+from unisono.estimators.stored import StoredMembers
 from unisono.uncertainty import Uncertainty, classification
 
 UNISONO, LOOP = "unisono", "loop"
@@ -185,9 +185,9 @@ def child(options: argparse.Namespace) -> None:
         predict_whole_file(folder, options.input, options.output)
         return
     if options.child == LOOP:
-        command.load_estimator = load_loop  # type: ignore[assignment]
+        command.load_members = load_loop  # type: ignore[assignment]
     else:
-        command.load_estimator = lambda *_: BaggedMLPs(folder)  # type: ignore[assignment]
+        command.load_members = lambda *_: BaggedMLPs(folder)  # type: ignore[assignment]
     request = command.PredictRequest(
         folder / "run", str(options.input), str(options.output), device="cpu"
     )
@@ -225,7 +225,7 @@ def train_sklearn(folder: Path) -> None:
     columns = run.description.columns
     with open_rows(str(folder / "training.parquet"), columns, ()) as rows:
         values, _ = encode(next(rows.batches).slice(0, 2000), columns)
-    features = to_features(run.preprocessing(), values)
+    features = run.preprocessing().transform(values)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it hasn't converged
         joblib.dump(pipeline.fit(frame.drop(columns="y"), frame["y"]), folder / "pipeline.joblib")
@@ -248,15 +248,15 @@ def predict_whole_file(folder: Path, source: Path, target: Path) -> None:
 
 def load_loop(*arguments: Any) -> Loop:
     """The members of a run as ordinary modules."""
-    return Loop(table_estimator.load_estimator(*arguments))
+    return Loop(table_estimator.load_members(*arguments))
 
 
 class Loop:
     """A loop over the members instead of the ensemble."""
 
-    def __init__(self, estimator: Any) -> None:
-        self.members = estimator.ensemble_.unstack()
-        self.rows = rows_at_once(estimator.ensemble_, estimator.n_features_in_)
+    def __init__(self, stored: StoredMembers) -> None:
+        self.members = stored.ensemble.unstack()
+        self.rows = rows_at_once(stored.ensemble, stored.n_features)
 
     def predict_uncertainty(self, features: np.ndarray[Any, Any]) -> Uncertainty:
         """As the estimator's, in chunks of as many rows."""

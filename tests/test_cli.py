@@ -330,6 +330,6 @@ def test_ctrl_c_during_the_bench(capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("unisono.commands.app.run_bench", interrupt)
+    monkeypatch.setattr("unisono.commands.bench.run_bench", interrupt)
     code, out, err = run(capsys, *TINY_BENCH)
     assert (code, out, err.strip()) == (130, "", "unisono bench: interrupted")

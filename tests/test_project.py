@@ -94,7 +94,8 @@ def public_names():
     """Every public function and class, by dotted name; the classes' public methods too."""
     for module_name in PUBLIC_MODULES:
         module = importlib.import_module(module_name)
-        for name, obj in vars(module).items():
+        for name in dir(module):  # not vars: what is imported on first use isn't there yet
+            obj = getattr(module, name)
             ours = getattr(obj, "__module__", "").partition(".")[0] == "unisono"
             if name.startswith("_") or not ours or not callable(obj):
                 continue

@@ -22,14 +22,15 @@ from rich.console import Console
 
 from small_tables import FEATURES, cancer_frame, diabetes_frame
 from unisono.commands import csv_files, table_files
-from unisono.commands.columns import Column
 from unisono.commands.features import encode
 from unisono.commands.outcome import ArgumentError, CommandError, Interrupted
+from unisono.commands.plain_preprocessing import pack_plain, to_plain
 from unisono.commands.predict import PredictRequest, run_predict
-from unisono.commands.preprocessing import fit_preprocessing, to_features, to_skops
-from unisono.commands.run_folder import PREPROCESSING, RUN, RunFolder, pack
-from unisono.commands.table_estimator import load_estimator
+from unisono.commands.preprocessing import fit_preprocessing, to_features
+from unisono.commands.run_folder import MODEL, PREPROCESSING, RUN, RunFolder, pack
+from unisono.commands.table_estimator import load_members
 from unisono.commands.table_stream import Stream
+from unisono.estimators import from_state
 
 SOURCE = Path(__file__).parents[2] / "src"
 
@@ -52,7 +53,7 @@ def features_of(run, frame):
     batch = pa.RecordBatch.from_pandas(frame[[c.name for c in about.columns]])
     values, findings = encode(batch, about.columns)
     assert findings == []
-    return torch.from_numpy(to_features(run.preprocessing(), values))
+    return torch.from_numpy(to_features(run.pipeline(), values))
 
 
 # The numbers --------------------------------------------------------------------------------------
@@ -60,7 +61,7 @@ def features_of(run, frame):
 
 def test_predictions_equal_the_loop_over_the_members(cancer_run, tables, tmp_path):
     run = RunFolder(cancer_run)
-    members = load_estimator(run, None, torch.device("cpu")).ensemble_.unstack()
+    members = load_members(run, None, torch.device("cpu")).ensemble.unstack()
     features = features_of(run, cancer_frame())
     with torch.no_grad():
         shares = torch.stack([m(features).double().softmax(-1) for m in members])  # (N, B, C)
@@ -90,7 +91,7 @@ def test_predictions_equal_the_loop_over_the_members(cancer_run, tables, tmp_pat
 
 def test_uncertainty_of_numbers_is_a_standard_deviation(diabetes_run, tables, tmp_path):
     run = RunFolder(diabetes_run)
-    estimator = load_estimator(run, None, torch.device("cpu"))
+    estimator = from_state(run.description.estimator, run.tensors(MODEL))
     mean, variance = estimator.predict_members(features_of(run, diabetes_frame()).numpy())
     predict(diabetes_run, tables / "diabetes.csv", tmp_path / "out.csv")
     found = frame_of(tmp_path / "out.csv")
@@ -223,16 +224,18 @@ def test_a_factory_is_imported_only_on_request(tables, tmp_path, monkeypatch):
 
 def test_a_preprocessing_of_another_run_is_found(cancer_run, diabetes_run, tables, tmp_path):
     run = shutil.copytree(cancer_run, tmp_path / "run")
-    columns = [Column(name, "number", "double", False) for name in FEATURES]
-    fitted = fit_preprocessing(np.random.default_rng(0).normal(size=(9, 4)), columns)
     about = RunFolder(run).description
+    table = np.abs(np.random.default_rng(0).normal(size=(9, 4)))
+    table[0, :2] = np.nan  # in one column more than in that run: one feature more
+    fitted = fit_preprocessing(table, about.columns)
     names = json.loads((run / RUN).read_text())["files"]
     contents = {name: (run / name).read_bytes() for name in names}
-    contents[PREPROCESSING] = to_skops(fitted)
+    contents[PREPROCESSING] = pack_plain(to_plain(fitted, about.columns))
     for name, content in pack(about, contents).items():
         (run / name).write_bytes(content)
     message = (
-        r"preprocessing\.skops can't be used: its features aren't those of model\.safetensors: X"
+        r"preprocessing\.safetensors can't be used: its features aren't those of "
+        r"model\.safetensors: X has shape \(1, 11\), but the members take 10 features; "
     )
     with pytest.raises(ArgumentError, match=message):
         predict(run, tables / "cancer.csv", tmp_path / "out.csv")
@@ -499,6 +502,31 @@ def test_several_threads_say_nothing(cancer_run, tables, tmp_path):
     )
     assert done.stderr == ""
     assert done.stdout.startswith("predicted 569 rows in ")
+
+
+# Each of them takes as long to import as many rows to predict; torch.utils.benchmark brings
+# setuptools.
+HEAVY = ("matplotlib", "scipy", "setuptools", "sklearn", "skops", "torch._dynamo", "torchmetrics")
+
+
+@pytest.mark.parametrize("source", ["cancer.parquet", "cancer.csv"])
+def test_nothing_heavy_is_imported(cancer_run, tables, tmp_path, source):
+    script = (
+        "import json, sys\n"
+        "from unisono.cli import main\n"
+        "assert main(sys.argv[2:]) == 0\n"
+        "print(json.dumps([name for name in json.loads(sys.argv[1]) if name in sys.modules]))\n"
+    )
+    arguments = ["predict", str(cancer_run), "--input", str(tables / source)]
+    output = ["--output", str(tmp_path / "out.parquet")]
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(HEAVY), *arguments, *output],
+        env=os.environ | {"PYTHONPATH": str(SOURCE)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == []
 
 
 def test_ctrl_c_leaves_no_file_and_exits_130(cancer_run, tables, tmp_path):

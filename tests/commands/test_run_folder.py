@@ -8,6 +8,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import safetensors.torch
 import skops.io
 import torch
@@ -15,10 +16,12 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from unisono.commands.columns import Column
 from unisono.commands.outcome import ArgumentError
+from unisono.commands.plain_preprocessing import pack_plain, to_plain, unpack_plain
 from unisono.commands.preprocessing import fit_preprocessing, from_skops, to_features, to_skops
 from unisono.commands.run_folder import (
     METRICS,
     MODEL,
+    PIPELINE,
     PLAN,
     PREPROCESSING,
     RUN,
@@ -30,14 +33,15 @@ from unisono.commands.run_folder import (
     pack,
     pack_outputs,
 )
-from unisono.commands.table_estimator import load_estimator
+from unisono.commands.table_estimator import load_members
 
 CPU = torch.device("cpu")
 READ = {
     METRICS: lambda run: run.metrics(),
     PLAN: lambda run: run.plan(),
-    MODEL: lambda run: load_estimator(run, None, CPU),
+    MODEL: lambda run: load_members(run, None, CPU),
     PREPROCESSING: lambda run: run.preprocessing(),
+    PIPELINE: lambda run: run.pipeline(),
     TEST_OUTPUTS: lambda run: run.test_outputs(),
     TEST_TABLE: lambda run: run.test_table(),
 }
@@ -132,7 +136,8 @@ FOREIGN = {
     METRICS: "not JSON: ",
     PLAN: "not JSON: ",
     MODEL: "not safetensors: ",
-    PREPROCESSING: "not a skops file: ",
+    PREPROCESSING: "not safetensors: ",
+    PIPELINE: "not a skops file: ",
     TEST_OUTPUTS: "not safetensors: ",
     TEST_TABLE: "not a Parquet file: ",
 }
@@ -202,7 +207,7 @@ def test_tensors_that_do_not_belong_together(run):
     model.pop("members.output.bias")
     replace(run, MODEL, safetensors.torch.save(model))
     with pytest.raises(ArgumentError, match=r"model\.safetensors can't be used: from_state: "):
-        load_estimator(RunFolder(run), None, CPU)
+        load_members(RunFolder(run), None, CPU)
 
 
 # The preprocessing --------------------------------------------------------------------------------
@@ -212,60 +217,137 @@ COMPLETE = Column("z", "number", "double", False)
 CATEGORY = Column("c", "category", "string", False, ("a", "b", "c"))
 
 
-@pytest.mark.parametrize(
-    "columns",
-    [[NUMBER], [CATEGORY], [COMPLETE], [CATEGORY, NUMBER, CATEGORY, COMPLETE]],
-    ids=lambda columns: "".join(column.name for column in columns),
-)
-def test_a_preprocessing_comes_back_from_skops(columns):
-    random = np.random.default_rng(0)
+COLUMNS = [
+    [NUMBER],
+    [CATEGORY],
+    [COMPLETE],
+    [NUMBER, COMPLETE, NUMBER],
+    [CATEGORY, NUMBER, CATEGORY, COMPLETE],
+]
+
+
+def names(columns):
+    return "".join(column.name for column in columns)
+
+
+def table_of(columns, random, rows):
+    """Encoded rows, with values missing where the column says so."""
     table = np.stack(
         [
-            random.normal(size=40) if column.kind == "number" else random.integers(0, 3, 40)
+            random.normal(3, 7, rows)
+            if column.kind == "number"
+            else random.integers(0, column.num_codes, rows)
             for column in columns
         ],
         axis=1,
     )
     for k, column in enumerate(columns):
-        table[:3, k] = np.nan if column is NUMBER else table[:3, k]
+        if column.kind == "number" and column.missing:
+            table[k : k + 3, k] = np.nan
+    return table
+
+
+@pytest.mark.parametrize("columns", COLUMNS, ids=names)
+def test_a_preprocessing_comes_back_from_skops(columns):
+    table = table_of(columns, np.random.default_rng(0), 40)
     fitted = fit_preprocessing(table, columns)
     again = from_skops(to_skops(fitted), num_columns=len(columns))
     assert to_features(again, table).tolist() == to_features(fitted, table).tolist()
     assert to_features(again, table).dtype == np.float32
 
 
-def test_foreign_types_in_skops_are_refused_before_they_are_made(run, monkeypatch):
-    monkeypatch.setattr(skops.io, "loads", pytest.fail)
-    replace(run, PREPROCESSING, skops.io.dumps(FunctionTransformer(np.log)))
+@pytest.mark.parametrize("columns", COLUMNS, ids=names)
+@pytest.mark.parametrize("missing", [0, 3])
+def test_a_plain_preprocessing_is_the_pipeline_bit_by_bit(columns, missing):
+    random = np.random.default_rng(0)
+    table = table_of(columns, random, 40)
+    fitted = fit_preprocessing(table, columns)
+    plain = unpack_plain(pack_plain(to_plain(fitted, columns)), columns)
+    rows = table_of(columns, random, 500)
+    for k, column in enumerate(columns):
+        # What training never saw, in columns where none was missing too.
+        rows[random.permutation(500)[:missing], k] = np.nan if column.kind == "number" else -1
+    features = plain.transform(rows)
+    assert features.tolist() == to_features(fitted, rows).tolist()
+    assert features.dtype == np.float32
+    assert not np.isnan(features).any()
+
+
+def test_a_run_without_the_plain_preprocessing_is_read(run):
+    new = RunFolder(run)
+    (run / PREPROCESSING).unlink()
+    values = json.loads((run / RUN).read_text())
+    del values["files"][PREPROCESSING]
+    (run / RUN).write_text(json.dumps(values))
+    old = RunFolder(run)
+    assert not old.has(PREPROCESSING)
+    rows = table_of(new.description.columns, np.random.default_rng(0), 20)
+    features = old.preprocessing().transform(rows)
+    assert features.tolist() == to_features(new.pipeline(), rows).tolist()
+    of_four = to_skops(
+        fit_preprocessing(np.random.default_rng(0).normal(size=(9, 4)), [COMPLETE] * 4)
+    )
+    replace(run, PIPELINE, of_four)
     message = (
-        r"preprocessing\.skops can't be used: it holds types that unisono never writes: "
-        r"numpy\..*, sklearn\.preprocessing\._function_transformer\.FunctionTransformer\.ObjectNode"
+        r"preprocessing\.skops can't be used: 2 columns of numbers and 0 flags make \{'median'"
     )
     with pytest.raises(ArgumentError, match=message):
         RunFolder(run).preprocessing()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mean": None}, "arrays median, flagged, mean, scale are expected, found "),
+        (
+            {"mean": np.zeros(9)},
+            "2 columns of numbers and 1 flags make {'median': 'float64 (2,)', ",
+        ),
+        ({"median": np.zeros(2, np.float32)}, "2 columns of numbers and 1 flags make {'median': "),
+        ({"flagged": np.array([2])}, "flagged is [2], of 2 columns of numbers; train again"),
+    ],
+)
+def test_arrays_that_are_no_preprocessing(run, change, message):
+    arrays = safetensors.numpy.load_file(run / PREPROCESSING) | change
+    arrays = {name: own for name, own in arrays.items() if own is not None}
+    replace(run, PREPROCESSING, safetensors.numpy.save(arrays))
+    start = f"{run / PREPROCESSING} can't be used: {message}"
+    with pytest.raises(ArgumentError, match=f"^{re.escape(start)}"):
+        RunFolder(run).preprocessing()
+
+
+def test_foreign_types_in_skops_are_refused_before_they_are_made(run, monkeypatch):
+    monkeypatch.setattr(skops.io, "loads", pytest.fail)
+    replace(run, PIPELINE, skops.io.dumps(FunctionTransformer(np.log)))
+    message = (
+        r"preprocessing\.skops can't be used: it holds types that unisono never writes: "
+        r"numpy\..*, sklearn\.preprocessing\._function_transformer\.FunctionTransformer\.ObjectNode"
+    )
+    with pytest.raises(ArgumentError, match=message):
+        RunFolder(run).pipeline()
+
+
 def test_a_type_that_is_renamed_in_the_schema_is_refused(run, tmp_path):
-    with zipfile.ZipFile(run / PREPROCESSING) as archive:
+    with zipfile.ZipFile(run / PIPELINE) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
     schema = parts["schema.json"].replace(b'"StandardScaler"', b'"FunctionTransformer"')
     assert schema != parts["schema.json"]
     with zipfile.ZipFile(tmp_path / "changed", "w") as archive:
         for name, content in (parts | {"schema.json": schema}).items():
             archive.writestr(name, content)
-    replace(run, PREPROCESSING, (tmp_path / "changed").read_bytes())
+    replace(run, PIPELINE, (tmp_path / "changed").read_bytes())
     message = r"never writes: sklearn\.preprocessing\._data\.FunctionTransformer\.ObjectNode; "
     with pytest.raises(ArgumentError, match=message):
-        RunFolder(run).preprocessing()
+        RunFolder(run).pipeline()
 
 
 def test_another_transformer_is_not_the_preprocessing(run):
     scaler = StandardScaler().fit(np.ones((3, 2)))
-    replace(run, PREPROCESSING, skops.io.dumps(scaler))
+    replace(run, PIPELINE, skops.io.dumps(scaler))
     with pytest.raises(ArgumentError, match=r"can't be used: "):
-        RunFolder(run).preprocessing()
+        RunFolder(run).pipeline()
     table = np.random.default_rng(0).normal(size=(9, 1))
-    replace(run, PREPROCESSING, to_skops(fit_preprocessing(table, [COMPLETE])))
+    replace(run, PIPELINE, to_skops(fit_preprocessing(table, [COMPLETE])))
     message = "a ColumnTransformer of 4 columns is expected, found ColumnTransformer of 1; "
     with pytest.raises(ArgumentError, match=re.escape(message)):
-        RunFolder(run).preprocessing()
+        RunFolder(run).pipeline()

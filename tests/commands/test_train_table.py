@@ -21,7 +21,8 @@ from unisono.commands.train_table import TableRequest, run_train_table
 from unisono.estimators import EnsembleClassifier
 
 FILES = [
-    *("curves.png", "metrics.json", "model.safetensors", "plan.json", "preprocessing.skops"),
+    *("curves.png", "metrics.json", "model.safetensors", "plan.json"),
+    *("preprocessing.safetensors", "preprocessing.skops"),
     *("run.json", "test_outputs.safetensors", "test_table.parquet"),
 ]
 

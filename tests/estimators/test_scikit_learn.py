@@ -105,7 +105,7 @@ def test_without_scikit_learn_the_error_names_the_extra():
     code = (
         "import sys; sys.modules['sklearn'] = None\n"
         "import unisono\n"
-        "try:\n    import unisono.estimators\n"
+        "try:\n    from unisono.estimators import EnsembleClassifier\n"
         "except unisono.MissingExtraError as error:\n    print(error)\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,6 +12,7 @@ from torch import nn
 from unisono import CheckpointError, sampling
 from unisono.estimators import EnsembleClassifier, EnsembleRegressor, TabularMLP
 from unisono.estimators.state import from_state, to_state
+from unisono.estimators.stored import read_members
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(60, 3))
@@ -60,6 +61,36 @@ def test_a_regressor_comes_back_bitwise(columns):
     again.partial_fit(X, y)
 
 
+@pytest.mark.parametrize(
+    ("model", "y"),
+    [
+        (EnsembleClassifier(**SMALL), LABELS["text"]),
+        (EnsembleRegressor(**SMALL), X[:, 0]),
+        (EnsembleRegressor(**SMALL), X[:, :2]),
+        (EnsembleRegressor(nn.Linear, **SMALL), X[:, 0]),
+    ],
+    ids=["classes", "one target", "two targets", "points"],
+)
+def test_members_predict_without_their_estimator(model, y):
+    config, tensors = through_files(*to_state(model.fit(X, y)))
+    members = read_members(config, tensors, module=model.module)
+    expected = model.predict_uncertainty(X)
+    np.testing.assert_equal(members.predict_uncertainty(X), expected)
+
+
+def test_members_refuse_what_they_can_not_predict():
+    members = read_members(*to_state(EnsembleClassifier(**SMALL).fit(X, LABELS["text"])))
+    with pytest.raises(
+        ValueError, match=r"^X has shape \(60, 2\), but the members take 3 features$"
+    ):
+        members.predict_uncertainty(X[:, :2])
+    with pytest.raises(ValueError, match=r"^X holds numbers that are not finite in float64$"):
+        members.predict_uncertainty(np.where(X > 1, np.inf, X))
+    of_two = read_members(*to_state(EnsembleClassifier(**SMALL).fit(X, LABELS["columns"])))
+    with pytest.raises(ValueError, match=r"^the members predict several label columns"):
+        of_two.predict_uncertainty(X)
+
+
 def test_names_of_columns_come_back():
     import pandas as pd
 
@@ -88,6 +119,13 @@ def test_a_module_without_a_name_can_not_be_stored():
     model = EnsembleClassifier(lambda i, o: nn.Linear(i, o), **SMALL).fit(X, LABELS["text"])
     with pytest.raises(ValueError, match="has no import path, under which it could be found again"):
         to_state(model)
+
+
+@pytest.mark.parametrize("kind", [EnsembleClassifier, EnsembleRegressor])
+@pytest.mark.parametrize("method", ["predict", "predict_uncertainty", "predict_members"])
+def test_what_is_not_fitted_predicts_nothing(kind, method):
+    with pytest.raises(NotFittedError, match=f"^This {kind.__name__} instance is not fitted yet"):
+        getattr(kind(), method)(X)
 
 
 def test_what_is_not_fitted_has_no_state():

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.progress import Progress
 
 from unisono.commands.arguments import at_least, choose_device
-from unisono.commands.bench import OPTIONS, BenchSettings, run_bench
 from unisono.commands.outcome import ArgumentError
 from unisono.commands.predict import PredictRequest, run_predict
 from unisono.commands.report import run_report
@@ -294,6 +293,9 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Time the loop, torch.vmap and unisono, as PyTorch's ensembling tutorial does."""
+    # Here, because what torch measures with brings setuptools and more.
+    from unisono.commands.bench import OPTIONS, BenchSettings, run_bench
+
     settings = BenchSettings(
         members=at_least("--members", members),
         batch=at_least("--batch", batch),

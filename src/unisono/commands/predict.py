@@ -28,7 +28,7 @@ from unisono.commands.in_order import map_in_order
 from unisono.commands.outcome import ArgumentError, Interrupted
 from unisono.commands.result_files import check_output, open_results, result_schema
 from unisono.commands.run_folder import MODEL, PREPROCESSING, RunFolder
-from unisono.commands.table_estimator import load_estimator
+from unisono.commands.table_estimator import load_members
 from unisono.commands.table_files import STANDARD, SUFFIXES, is_table, open_rows
 from unisono.commands.table_stream import Model, Stream
 
@@ -140,8 +140,8 @@ def _predict(request: PredictRequest, progress: Console) -> tuple[int, list[str]
 def _load(folder: RunFolder, request: PredictRequest) -> tuple[Model, list[Any]]:
     """The model of a run, and its results for one row."""
     run = folder.description
-    estimator = load_estimator(folder, request.model, choose_device(request.device))
-    model = Model(run, folder.preprocessing(), estimator)
+    members = load_members(folder, request.model, choose_device(request.device))
+    model = Model(run, folder.preprocessing(), members)
     try:
         # Here and not first on several threads: what the first call of a process prepares silences
         # warnings, which isn't safe there.

@@ -2,8 +2,8 @@
 
 ``run.json`` describes the run and holds the SHA-256 of every other file that a later command
 reads, so that a file that is cut off, changed or left from another run is found before use.
-Tensors are safetensors, the preprocessing is skops with a fixed list of types, a table is
-Parquet, the rest JSON: reading a run never executes code from it.
+Tensors and the preprocessing are safetensors, the same as scikit-learn fitted it is skops with a
+fixed list of types, a table is Parquet, the rest JSON: reading a run never executes code from it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ if TYPE_CHECKING:
     from pyarrow import Table
     from sklearn.compose import ColumnTransformer
 
+    from unisono.commands.plain_preprocessing import PlainPreprocessing
+
 RUN: Final = "run.json"
 METRICS: Final = "metrics.json"
 MODEL: Final = "model.safetensors"
-PREPROCESSING: Final = "preprocessing.skops"
+PIPELINE: Final = "preprocessing.skops"
+PREPROCESSING: Final = "preprocessing.safetensors"
 TEST_OUTPUTS: Final = "test_outputs.safetensors"
 TEST_TABLE: Final = "test_table.parquet"
 PLAN: Final = "plan.json"
@@ -204,15 +207,32 @@ class RunFolder:
         except ValueError as error:
             raise self.damaged(TEST_TABLE, str(error)) from error
 
-    def preprocessing(self) -> ColumnTransformer:
+    def preprocessing(self) -> PlainPreprocessing:
         """The fitted preprocessing, columns to features."""
+        from unisono.commands.plain_preprocessing import to_plain, unpack_plain
+
+        columns = self.description.columns
+        if not self.has(PREPROCESSING):  # a run from before there was this file
+            pipeline = self.pipeline()
+            try:
+                return to_plain(pipeline, columns)
+            except (ValueError, AttributeError, TypeError) as error:
+                raise self.damaged(PIPELINE, str(error)) from error
         content = self.content(PREPROCESSING)
+        try:
+            return unpack_plain(content, columns)
+        except ValueError as error:
+            raise self.damaged(PREPROCESSING, str(error)) from error
+
+    def pipeline(self) -> ColumnTransformer:
+        """The same as scikit-learn fitted it."""
+        content = self.content(PIPELINE)
         from unisono.commands.preprocessing import from_skops
 
         try:
             return from_skops(content, num_columns=len(self.description.columns))
         except ValueError as error:
-            raise self.damaged(PREPROCESSING, str(error)) from error
+            raise self.damaged(PIPELINE, str(error)) from error
 
     def content(self, name: str) -> bytes:
         """Read a file and compare it with what ``run.json`` says about it.

@@ -17,6 +17,7 @@ from unisono.commands.models import describe, load_factory
 from unisono.commands.outcome import ArgumentError
 from unisono.commands.run_folder import MODEL, RunFolder
 from unisono.errors import CheckpointError, EnsembleWarning, IncompatibleMembersError
+from unisono.estimators.stored import StoredMembers, read_members
 
 if TYPE_CHECKING:
     from unisono.estimators import EnsembleClassifier, EnsembleRegressor
@@ -157,16 +158,14 @@ def pack_estimator(
     return config, safetensors.torch.save(tensors)
 
 
-def load_estimator(
-    folder: RunFolder, model: str | None, device: torch.device
-) -> EnsembleClassifier | EnsembleRegressor:
-    """Put the estimator of a run together again.
+def load_members(folder: RunFolder, model: str | None, device: torch.device) -> StoredMembers:
+    """Put the members of a run together again.
 
     Args:
         folder: The run.
         model: ``--model``, if it was given: a run names the user's factory, but a name in a
             file is no reason to import it.
-        device: Where it is to predict.
+        device: Where they are to predict.
 
     Raises:
         ArgumentError: If the factory isn't the one of the training, or the files are damaged.
@@ -180,12 +179,10 @@ def load_estimator(
     if model is not None and model != own:
         raise ArgumentError(f"--model {model}: the members of {folder.path} are made by {own}")
     module = None if model is None else choose_table_factory(model)
-    from unisono.estimators.state import from_state
-
     tensors = folder.tensors(MODEL)
     try:
-        estimator = from_state(folder.description.estimator, tensors, module=module)
+        members = read_members(folder.description.estimator, tensors, module=module)
     except (CheckpointError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise folder.damaged(MODEL, " ".join(str(error).split())) from error
-    estimator.ensemble_.to(device)
-    return estimator
+    members.ensemble.to(device)
+    return members

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from unisono.commands.machine import package_versions
+from unisono.commands.plain_preprocessing import pack_plain, to_plain
 from unisono.commands.preprocessing import to_skops
 from unisono.commands.run_folder import (
     CURVES,
     METRICS,
     MODEL,
+    PIPELINE,
     PLAN,
     PREPROCESSING,
     TEST_OUTPUTS,
@@ -77,7 +79,8 @@ def table_run(
     contents = {
         METRICS: to_json(metrics),
         MODEL: tensors,
-        PREPROCESSING: to_skops(data.preprocessing),
+        PREPROCESSING: pack_plain(to_plain(data.preprocessing, data.choice.columns)),
+        PIPELINE: to_skops(data.preprocessing),
         TEST_OUTPUTS: pack_outputs(found),
         TEST_TABLE: to_parquet(data.test_table),
         PLAN: to_json(_plan(data, estimator)),

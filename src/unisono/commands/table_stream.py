@@ -10,12 +10,12 @@ import numpy as np
 
 from unisono.commands.features import Finding, encode, merge
 from unisono.commands.outcome import ArgumentError
-from unisono.commands.preprocessing import to_features
+from unisono.commands.plain_preprocessing import PlainPreprocessing
 from unisono.commands.run_folder import Description
+from unisono.estimators.stored import StoredMembers
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch, Schema
-    from sklearn.compose import ColumnTransformer
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +25,12 @@ class Model:
     Args:
         run: What the columns and the classes are.
         preprocessing: Columns to features.
-        estimator: Features to predictions.
+        members: Features to predictions.
     """
 
     run: Description
-    preprocessing: ColumnTransformer
-    estimator: Any
+    preprocessing: PlainPreprocessing
+    members: StoredMembers
 
     def schema(self, example: list[Any]) -> Schema:
         """The columns of the results, as wide as the arrays of an example."""
@@ -50,7 +50,7 @@ class Model:
         """
         import pyarrow as pa
 
-        found = self.estimator.predict_uncertainty(to_features(self.preprocessing, values))
+        found = self.members.predict_uncertainty(self.preprocessing.transform(values))
         parts = [found.total, found.aleatoric, found.epistemic]
         if self.run.classes:
             best = pa.array(found.prediction.argmax(1))

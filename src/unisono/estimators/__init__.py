@@ -3,15 +3,16 @@
 Needs the extra ``sklearn``. ``import unisono`` doesn't import this package.
 """
 
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING, Any
+
 from unisono import extras as _extras
 
-_extras.require("sklearn", extra="sklearn", purpose="unisono.estimators")
-
-# After that, so that a missing scikit-learn is one clear error.
-from unisono.estimators.classifier import EnsembleClassifier  # noqa: E402
-from unisono.estimators.networks import GaussianMLP, Standardise, TabularMLP  # noqa: E402
-from unisono.estimators.regressor import EnsembleRegressor  # noqa: E402
-from unisono.estimators.state import from_state, to_state  # noqa: E402
+if TYPE_CHECKING:
+    from unisono.estimators.classifier import EnsembleClassifier
+    from unisono.estimators.networks import GaussianMLP, Standardise, TabularMLP
+    from unisono.estimators.regressor import EnsembleRegressor
+    from unisono.estimators.state import from_state, to_state
 
 __all__ = [
     "EnsembleClassifier",
@@ -22,3 +23,28 @@ __all__ = [
     "from_state",
     "to_state",
 ]
+
+_HOMES = {
+    "EnsembleClassifier": "classifier",
+    "EnsembleRegressor": "regressor",
+    "GaussianMLP": "networks",
+    "Standardise": "networks",
+    "TabularMLP": "networks",
+    "from_state": "state",
+    "to_state": "state",
+}
+
+
+# On first use (PEP 562): scikit-learn takes as long to import as torch, and `unisono predict` needs
+# only the files of this package that do without it, `stored` and what is below.
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _extras.require("sklearn", extra="sklearn", purpose=__name__)
+    found = getattr(_import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -15,13 +15,7 @@ from torch import Tensor
 
 from unisono.engine.planning.plan import StrategyName
 from unisono.ensemble import Ensemble
-from unisono.estimators.members import (
-    Factory,
-    build_members,
-    check_device,
-    plan_members,
-    standardise_by,
-)
+from unisono.estimators.members import Factory, new_members, standardise_by
 from unisono.estimators.moments import Array, Moments, merge, moments
 from unisono.estimators.predicting import in_precision, predict_rows
 from unisono.estimators.settings import Settings, check_settings
@@ -29,8 +23,6 @@ from unisono.estimators.training import Data, Task, make_optimizer, mean_one, tr
 from unisono.optim import MemberOptimizer
 from unisono.training.history import History
 from unisono.training.sampling import Sampling
-
-_SHOWN_ROWS = 2  # to a new member, to see what it returns
 
 
 class EnsembleEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn is untyped
@@ -95,10 +87,6 @@ class EnsembleEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn is
             state = {**state, "ensemble_": copy.deepcopy(ens).cpu(), "_optimizer": None}
         return state
 
-    def _default_module(self, settings: Settings) -> Factory:
-        """The network if ``module`` is None."""
-        raise NotImplementedError
-
     def _task(self, *, weighted: bool) -> Task:
         """What members learn."""
         raise NotImplementedError
@@ -128,18 +116,17 @@ class EnsembleEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn is
 
     def _build(self, method: str, settings: Settings, x: Array, n_outputs: int) -> Ensemble:
         """New members for rows like these."""
-        check_device(self._call(method), settings.device)
-        rows = torch.tensor(x[:_SHOWN_ROWS], dtype=settings.dtype_for(x))
-        plan = plan_members(
+        ens, self._is_gaussian = new_members(
             self._call(method),
-            self._default_module(settings) if self.module is None else self.module,
-            (x.shape[1], n_outputs),
-            rows,
+            self.module,
+            settings,
+            x,
+            n_outputs,
             may_be_gaussian=self._may_be_gaussian,
             seed=self._seed,
         )
-        self._is_gaussian, self._n_outputs = plan.is_gaussian, n_outputs
-        return build_members(plan, settings, self._seed).eval()
+        self._n_outputs = n_outputs
+        return ens
 
     def _begin(self) -> None:
         """Forget old members: a fit that doesn't end leaves an estimator that isn't fitted."""

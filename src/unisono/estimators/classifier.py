@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,8 @@ from unisono import combine
 from unisono.estimators.base import EnsembleEstimator
 from unisono.estimators.labels import Labels, check_classes, labels_of
 from unisono.estimators.losses import class_loss, mean_probabilities
-from unisono.estimators.members import Factory
 from unisono.estimators.moments import Array
-from unisono.estimators.networks import TabularMLP
 from unisono.estimators.rows import check_weights, with_weight
-from unisono.estimators.settings import Settings
 from unisono.estimators.training import Task
 from unisono.uncertainty import Uncertainty, classification
 
@@ -264,13 +260,6 @@ class EnsembleClassifier(ClassifierMixin, EnsembleEstimator):  # type: ignore[mi
         tags.classifier_tags.multi_label = True
         tags.target_tags.multi_output = True
         return tags
-
-    def _default_module(self, settings: Settings) -> Factory:
-        return partial(
-            TabularMLP,
-            hidden_layer_sizes=settings.hidden_layer_sizes,
-            dropout=settings.dropout,
-        )
 
     def _task(self, *, weighted: bool) -> Task:
         sizes = self._labels.sizes

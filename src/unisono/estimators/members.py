@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from unisono.ensemble import Ensemble
-from unisono.estimators.moments import Moments
-from unisono.estimators.networks import Standardise
+from unisono.estimators.moments import Array, Moments
+from unisono.estimators.networks import GaussianMLP, Standardise, TabularMLP
 from unisono.estimators.settings import Settings
 
 Factory = Callable[[int, int], nn.Module]
+
+_SHOWN_ROWS = 2  # to a new member, to see what it returns
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,52 @@ class Plan:
     make_model: Callable[[], nn.Module]
     shared: tuple[str, ...]
     is_gaussian: bool
+
+
+def new_members(
+    call: str,
+    module: Factory | None,
+    settings: Settings,
+    x: Array,
+    n_outputs: int,
+    *,
+    may_be_gaussian: bool,
+    seed: int,
+) -> tuple[Ensemble, bool]:
+    """Make untrained members for rows like these.
+
+    Args:
+        call: Name of the public function, for the message.
+        module: Makes a member; None for the default network.
+        settings: Number of members, default network, strategy, device and dtype.
+        x: Rows; the first are shown to a member.
+        n_outputs: Of a member.
+        may_be_gaussian: Whether a pair of mean and variance is a possible output; then it is that
+            of the default network.
+        seed: Of member 0.
+
+    Returns:
+        The ensemble in eval mode, and whether its members return mean and variance.
+
+    Shape:
+        - x: (B, F)
+    """
+    check_device(call, settings.device)
+    if module is None:
+        module = functools.partial(
+            GaussianMLP if may_be_gaussian else TabularMLP,
+            hidden_layer_sizes=settings.hidden_layer_sizes,
+            dropout=settings.dropout,
+        )
+    plan = plan_members(
+        call,
+        module,
+        (x.shape[1], n_outputs),
+        torch.tensor(x[:_SHOWN_ROWS], dtype=settings.dtype_for(x)),
+        may_be_gaussian=may_be_gaussian,
+        seed=seed,
+    )
+    return build_members(plan, settings, seed).eval(), plan.is_gaussian
 
 
 def plan_members(

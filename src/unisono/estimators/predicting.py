@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unisono.ensemble import Ensemble
 from unisono.estimators.moments import Array
+from unisono.uncertainty import Uncertainty, regression
 
 _BYTES: Final = 2**21  # of the widest activation of all members: it stays in a core's cache
 
@@ -48,6 +49,38 @@ def predict_rows(
             for whole, own in zip(found, results, strict=True):
                 whole[start : start + size] = own
     return tuple(found)
+
+
+def value_uncertainty(ens: Ensemble, x: Array, mean: Array, scale: Array) -> Uncertainty:
+    """Take the moments of the mixture of all members, ``outputs * scale + mean``, for all rows.
+
+    Args:
+        ens: Members that predict standardised targets, as points or as mean and variance.
+        x: The rows.
+        mean: Of the targets.
+        scale: What they were divided by.
+
+    Returns:
+        Arrays: the mean, and the variances in the squared unit of the targets.
+
+    Shape:
+        - x: (B, F)
+        - mean, scale: (T)
+        - returns: (B, T) each
+    """
+
+    def parts(outputs: Any) -> list[Tensor]:
+        variance = None if isinstance(outputs, Tensor) else outputs[1]
+        return list(regression(mean_of(outputs), variance))
+
+    prediction, *variances = predict_rows(ens, x, parts)
+    return Uncertainty(prediction * scale + mean, *(own * np.square(scale) for own in variances))
+
+
+def mean_of(outputs: Any) -> Tensor:
+    """The means in what members return: a tensor, or a pair of mean and variance."""
+    mean: Tensor = outputs if isinstance(outputs, Tensor) else outputs[0]
+    return mean
 
 
 def in_precision(values: Array, dtype: type[np.floating[Any]]) -> Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,14 +11,12 @@ from torch import Tensor
 
 from unisono.estimators.base import EnsembleEstimator
 from unisono.estimators.losses import gaussian_loss, mixture_moments, point_loss
-from unisono.estimators.members import Factory
 from unisono.estimators.moments import Array, Moments, merge, moments
-from unisono.estimators.networks import GaussianMLP
+from unisono.estimators.predicting import mean_of, value_uncertainty
 from unisono.estimators.rows import check_weights, with_weight
-from unisono.estimators.settings import Settings
 from unisono.estimators.training import Task
 from unisono.training.combined import mean_of_members
-from unisono.uncertainty import Uncertainty, regression
+from unisono.uncertainty import Uncertainty
 
 
 class EnsembleRegressor(RegressorMixin, EnsembleEstimator):  # type: ignore[misc]
@@ -168,7 +165,7 @@ class EnsembleRegressor(RegressorMixin, EnsembleEstimator):  # type: ignore[misc
             - X: (B, F)
             - returns: (B) or (B, T)
         """
-        (mean,) = self._predict_rows(X, lambda outputs: [_mean_of(outputs).mean(0)])
+        (mean,) = self._predict_rows(X, lambda outputs: [mean_of(outputs).mean(0)])
         return self._in_unit(mean)
 
     def predict_uncertainty(self, X: Any) -> Uncertainty:
@@ -188,14 +185,9 @@ class EnsembleRegressor(RegressorMixin, EnsembleEstimator):  # type: ignore[misc
             - X: (B, F)
             - each: (B) or (B, T)
         """
-
-        def parts(outputs: Any) -> list[Tensor]:
-            variance = None if isinstance(outputs, Tensor) else outputs[1]
-            return list(regression(_mean_of(outputs), variance))
-
-        mean, *variances = self._predict_rows(X, parts)
-        own = [self._in_squared_unit(variance) for variance in variances]
-        return Uncertainty(self._in_unit(mean), *own)
+        x = self._check_x(X)  # first, for its error if there is no ensemble yet
+        found = value_uncertainty(self.ensemble_, x, self.target_mean_, self.target_scale_)
+        return Uncertainty(*map(self._without_axis, found))
 
     def predict_members(self, X: Any) -> tuple[Array, Array | None]:
         """Return the mean and the variance that every member predicts.
@@ -223,13 +215,6 @@ class EnsembleRegressor(RegressorMixin, EnsembleEstimator):  # type: ignore[misc
         tags = super().__sklearn_tags__()
         tags.target_tags.multi_output = True
         return tags
-
-    def _default_module(self, settings: Settings) -> Factory:
-        return partial(
-            GaussianMLP,
-            hidden_layer_sizes=settings.hidden_layer_sizes,
-            dropout=settings.dropout,
-        )
 
     def _task(self, *, weighted: bool) -> Task:
         if self._is_gaussian:
@@ -264,8 +249,3 @@ class EnsembleRegressor(RegressorMixin, EnsembleEstimator):  # type: ignore[misc
     def _without_axis(self, values: Array) -> Array:
         """Without the axis of the targets if y had none."""
         return values[..., 0] if self._is_single else values
-
-
-def _mean_of(outputs: Any) -> Tensor:
-    mean: Tensor = outputs if isinstance(outputs, Tensor) else outputs[0]
-    return mean

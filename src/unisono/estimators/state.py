@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from unisono.errors import CheckpointError
 from unisono.estimators.classifier import EnsembleClassifier
-from unisono.estimators.members import Factory, check_device
+from unisono.estimators.members import Factory
 from unisono.estimators.moments import Moments
 from unisono.estimators.plain import (
     array_from,
@@ -24,17 +22,22 @@ from unisono.estimators.plain import (
     plain_params,
 )
 from unisono.estimators.regressor import EnsembleRegressor
-from unisono.estimators.settings import DTYPES
-from unisono.training import sampling
+from unisono.estimators.stored import (
+    CLASSIFIER,
+    FORMAT,
+    REGRESSOR,
+    StoredMembers,
+    moments_from,
+    read_members,
+    read_params,
+)
 
 Estimator = EnsembleClassifier | EnsembleRegressor
 
-_FORMAT: Final = 1
 _KINDS: Final[Mapping[str, type[Estimator]]] = {
-    "EnsembleClassifier": EnsembleClassifier,
-    "EnsembleRegressor": EnsembleRegressor,
+    CLASSIFIER: EnsembleClassifier,
+    REGRESSOR: EnsembleRegressor,
 }
-_MEMBERS: Final = "members."
 
 
 def to_state(estimator: Estimator) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -66,7 +69,7 @@ def to_state(estimator: Estimator) -> tuple[dict[str, Any], dict[str, Tensor]]:
     check_is_fitted(estimator, "ensemble_")
     ens = estimator.ensemble_
     config: dict[str, Any] = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "kind": type(estimator).__name__,
         "params": plain_params(estimator.get_params(deep=False)),
         "n_members": len(ens),
@@ -122,93 +125,42 @@ def from_state(
         Traceback (most recent call last):
         unisono.errors.CheckpointError: from_state: config has no 'kind'
     """
-    if config.get("format") != _FORMAT:
-        raise CheckpointError(
-            f"from_state: config is of format {config.get('format')!r}, this version of unisono"
-            f" reads {_FORMAT}"
-        )
+    members = read_members(config, tensors, module=module)
     try:
-        estimator = _make(config, module)
-        _restore(estimator, config, tensors)
+        params = read_params(config)
+        try:
+            estimator = _KINDS[config["kind"]](module, **params)
+        except TypeError as error:
+            raise CheckpointError(
+                f"from_state: params aren't those of {config['kind']}: {error}"
+            ) from None
+        _restore(estimator, members, config, tensors)
     except KeyError as error:
         raise CheckpointError(f"from_state: config has no {error}") from None
     return estimator
 
 
-def _make(config: Mapping[str, Any], module: Factory | None) -> Estimator:
-    kind = config["kind"]
-    if kind not in _KINDS:
-        raise CheckpointError(
-            f"from_state: kind is one of {', '.join(map(repr, _KINDS))}; got {kind!r}"
-        )
-    params = dict(config["params"])
-    path = params.pop("module")
-    if path is not None and module is None:
-        raise CheckpointError(
-            f"from_state: the members are made by {path}, which is not imported on the word of a"
-            f" file; if you trust it, import it and pass it: from_state(config, tensors,"
-            f" module={path.rpartition(':')[2]})"
-        )
-    if path is None and module is not None:
-        raise CheckpointError(
-            "from_state: the members are the default network, but a module was given; leave it out"
-        )
-    kinds: dict[str, Callable[..., sampling.Sampling]] = {
-        "folds": sampling.folds,
-        "subset": sampling.subset,
-    }
-    if isinstance(params["sampling"], Mapping):
-        own = dict(params["sampling"])
-        params["sampling"] = kinds[own.pop("name")](**own)
-    for name in ("hidden_layer_sizes",):
-        if isinstance(params[name], list):
-            params[name] = tuple(params[name])
-    try:
-        return _KINDS[kind](module, **params)
-    except TypeError as error:
-        raise CheckpointError(f"from_state: params aren't those of {kind}: {error}") from None
-
-
 def _restore(
-    estimator: Estimator, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    estimator: Estimator,
+    members: StoredMembers,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
 ) -> None:
-    if config["dtype"] not in DTYPES:
-        raise CheckpointError(
-            f"from_state: dtype is one of {', '.join(DTYPES)}; got {config['dtype']!r}"
-        )
-    estimator.n_features_in_ = config["n_features"]
+    estimator.n_features_in_ = members.n_features
     if config["feature_names"] is not None:
         estimator.feature_names_in_ = np.array(config["feature_names"], dtype=object)
     estimator._seed, estimator._calls = config["seed"], config["calls"]
+    estimator._is_gaussian, estimator._n_outputs = members.is_gaussian, config["n_outputs"]
     estimator._optimizer = None
-    estimator._moments = _moments_from("features", tensors)
+    estimator._moments = moments_from("features", tensors)
     if isinstance(estimator, EnsembleClassifier):
         classes = [array_from(own) for own in config["classes"]]
-        estimator.classes_ = classes[0] if config["is_single"] else classes
+        estimator.classes_ = classes[0] if members.is_single else classes
     else:
-        estimator._is_single = config["is_single"]
-        estimator._target_moments = _moments_from("targets", tensors)
+        estimator._is_single = members.is_single
+        estimator._target_moments = members.targets
         estimator._set_target_scale()
-    rows = np.zeros((2, config["n_features"]), str(config["dtype"]))
-    weights = {name: tensor for name, tensor in tensors.items() if name.startswith(_MEMBERS)}
-    try:
-        settings = estimator._settings("from_state")
-        settings = replace(
-            settings,
-            n_members=config["n_members"],
-            dtype=DTYPES[config["dtype"]],
-            device=_place(settings.device),
-        )
-        ens = estimator._build("from_state", settings, rows, config["n_outputs"])
-        ens.load_state_dict(weights)
-    except (RuntimeError, ValueError) as error:
-        raise CheckpointError(f"from_state: the tensors don't fit the config: {error}") from error
-    if estimator._is_gaussian != config["is_gaussian"]:
-        raise CheckpointError(
-            f"from_state: is_gaussian={config['is_gaussian']}, but that is not what the members"
-            f" return"
-        )
-    estimator.ensemble_ = ens
+    estimator.ensemble_ = members.ensemble
     estimator.history_ = history_from(config["history"])
 
 
@@ -219,24 +171,3 @@ def _moment_tensors(name: str, own: Moments | None) -> dict[str, Tensor]:
         f"{name}.mean": torch.tensor(own.mean, dtype=torch.float64),
         f"{name}.std": torch.tensor(own.std, dtype=torch.float64),
     }
-
-
-def _moments_from(name: str, tensors: Mapping[str, Tensor]) -> Moments:
-    missing = [key for key in ("weight", "mean", "std") if f"{name}.{key}" not in tensors]
-    if missing:
-        raise CheckpointError(
-            f"from_state: tensors hold no {', '.join(f'{name}.{key}' for key in missing)}"
-        )
-    weight, mean, std = (tensors[f"{name}.{key}"].numpy() for key in ("weight", "mean", "std"))
-    if not math.isfinite(float(weight)):
-        raise CheckpointError(f"from_state: {name}.weight is {float(weight)}")
-    return Moments(float(weight), np.array(mean, dtype=np.float64), np.array(std, dtype=np.float64))
-
-
-def _place(device: torch.device) -> torch.device:
-    """The device, or the CPU where there is no such device."""
-    try:
-        check_device("from_state", device)
-    except ValueError:
-        return torch.device("cpu")
-    return device
