@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,7 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from unisono.block import Block
+from unisono.checkpoint import ensemble_file
+from unisono.checkpoint.gathering import gather
+from unisono.checkpoint.member_file import Select, save_member
 from unisono.combination import Combination
+from unisono.describe import list_facts
 from unisono.differences import check_in_place, check_members
 from unisono.engine.axis import Randomness
 from unisono.engine.capture import Capture
@@ -21,14 +27,19 @@ from unisono.engine.planning.plan import Plan, StrategyName
 from unisono.engine.planning.planner import Options, Planner
 from unisono.engine.pool import Pool
 from unisono.engine.rng import devices_of, drawing_apart
+from unisono.errors import EnsembleWarning
 from unisono.module_tree import named_tensors
 from unisono.options import (
     check_build,
     check_copies,
     check_index,
     check_indices,
+    check_make_model,
     check_member_count,
+    check_members_to_load,
+    check_model,
     check_options,
+    check_paths,
     resolve_shared,
     share_values,
 )
@@ -154,9 +165,8 @@ class Ensemble(nn.Module):
             5
         """
         check_build(make_model, n, seed)
-        devices = list(range(torch.cuda.device_count()))
         models = []
-        with torch.random.fork_rng(devices):
+        with _own_randomness():
             for i in range(n):
                 torch.manual_seed(seed + i)
                 models.append(make_model())
@@ -169,6 +179,184 @@ class Ensemble(nn.Module):
             chunk_size=chunk_size,
             memory_limit=memory_limit,
         )
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        make_model: Callable[[], nn.Module],
+        *,
+        members: Sequence[int] | None = None,
+        device: str | torch.device | None = None,
+    ) -> Ensemble:
+        """Load an ensemble, or some of its members, from a file that `save` wrote.
+
+        ``Ensemble.load(path, make_model)`` equals the saved ensemble bitwise: parameters, all
+        buffers, what is tied, shared, frozen, and in eval mode, ``combination`` and the options.
+        Nothing in the file is run. Every tensor is compared with its checksum.
+
+        Args:
+            path: The file, or a folder with ``model.safetensors``.
+            make_model: Returns a model of the members' architecture; it is called once, and its
+                values aren't used, so it may be made under ``torch.device("meta")``.
+            members: Which members to load, in this order; None for all. Only their bytes are read.
+            device: Where the tensors are to lie; None for where the model's lie.
+
+        Returns:
+            The ensemble.
+
+        Raises:
+            OSError: If the file can't be read.
+            CheckpointError: If it is something else, damaged, or of another architecture.
+            IndexError: If there is no such member.
+
+        Example:
+            >>> import tempfile
+            >>> path = tempfile.mkdtemp() + "/ens.safetensors"
+            >>> make_model = lambda: nn.Linear(3, 2)
+            >>> Ensemble.build(make_model, 5).save(path)
+            >>> (
+            ...     len(Ensemble.load(path, make_model)),
+            ...     len(Ensemble.load(path, make_model, members=[0, 4])),
+            ... )
+            (5, 2)
+        """
+        model = _one(make_model, "Ensemble.load")
+        chosen = check_members_to_load(members)
+        stored = ensemble_file.load(
+            path, model, members=chosen, device=None if device is None else torch.device(device)
+        )
+        if stored.remarks:
+            warnings.warn(
+                f"Ensemble.load: {os.fspath(path)} was saved from a model that differs in"
+                f" attributes of classes of your own; the values of make_model() are taken:\n"
+                f"{list_facts(stored.remarks)}",
+                EnsembleWarning,
+                stacklevel=2,
+            )
+        ensemble = cls._of(model, stored.members, stored.shared, stored.count, stored.options)
+        place = next(iter(named_tensors(stored.members).values()), torch.empty(0)).device
+        ensemble.combination.make_room(stored.combination, "", place)
+        ensemble.combination.load_state_dict(stored.combination)
+        return ensemble
+
+    @classmethod
+    def from_checkpoints(
+        cls,
+        make_model: Callable[[], nn.Module],
+        paths: Sequence[str | os.PathLike[str]],
+        *,
+        select: Select | None = None,
+        device: str | torch.device | None = None,
+        shared: str | Sequence[str] = (),
+        strategy: StrategyName = "auto",
+        randomness: Randomness = "different",
+        chunk_size: int | Literal["auto"] | None = None,
+        memory_limit: int | None = None,
+    ) -> Ensemble:
+        """Make an ensemble of N files that hold one trained model each.
+
+        Member i has the values of ``paths[i]``. The files are read one after another into the
+        stacked tensors, so at no time more than one of them is in memory beside these.
+
+        Args:
+            make_model: Returns a model of their architecture; it is called once.
+            paths: ``.safetensors``; ``.pt``, ``.pth``, ``.bin`` or ``.ckpt``, read by
+                ``torch.load(weights_only=True)``, which runs no code; or folders as the Hugging
+                Face Hub has them, in one piece or in shards with an index.
+            select: Picks the state dict out of what a file holds, as in
+                ``lambda found: found["state_dict"]``.
+            device: Where the tensors are to lie; None for where the model's lie.
+            shared: As for `Ensemble`; these have to be equal in all files.
+            strategy: As for `Ensemble`.
+            randomness: As for `Ensemble`.
+            chunk_size: As for `Ensemble`.
+            memory_limit: As for `Ensemble`.
+
+        Returns:
+            The ensemble, in the mode that ``make_model`` makes: call ``eval()`` for predictions.
+
+        Raises:
+            OSError: If a file can't be read.
+            CheckpointError: If any file doesn't fit; the message lists all files and tensors.
+
+        Example:
+            >>> import tempfile
+            >>> paths = [f"{tempfile.mkdtemp()}/{i}.pt" for i in range(5)]
+            >>> for path in paths:
+            ...     torch.save(nn.Linear(3, 2).state_dict(), path)
+            >>> len(Ensemble.from_checkpoints(lambda: nn.Linear(3, 2), paths))
+            5
+        """
+        check_options(strategy, randomness, chunk_size, memory_limit)
+        check_paths(paths)
+        model = _one(make_model, "Ensemble.from_checkpoints")
+        names = resolve_shared(model, shared)
+        place = None if device is None else torch.device(device)
+        members = gather(model, paths, select=select, shared=names, device=place)
+        options = {"strategy": strategy, "randomness": randomness, "chunk_size": chunk_size}
+        ensemble = cls._of(model, members, names, len(paths), options)
+        ensemble.memory_limit = memory_limit
+        return ensemble
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the ensemble to one safetensors file, as a whole or not at all.
+
+        A crash or a full disk leaves a file that was there before as it was. The stacked tensors
+        have the names of ``state_dict()``, so other programs can read them; the classes of the
+        members aren't in the file, `load` takes them from ``make_model``.
+
+        Args:
+            path: The file, by custom ``NAME.safetensors``.
+
+        Raises:
+            OSError: If the disk refuses.
+            TypeError: If a tensor is of a kind that can't be stored.
+
+        Example:
+            >>> import tempfile
+            >>> from safetensors.torch import load_file
+            >>> path = tempfile.mkdtemp() + "/ens.safetensors"
+            >>> Ensemble.build(lambda: nn.Linear(3, 2), 5).save(path)
+            >>> {name: tuple(tensor.shape) for name, tensor in load_file(path).items()}
+            {'members.bias': (5, 2), 'members.weight': (5, 2, 3)}
+        """
+        self._tell_what_is_left_out()
+        ensemble_file.save(
+            path,
+            self._planner.pool.module,
+            self.members,
+            shared=self.shared,
+            count=self._n,
+            combination=dict(self.combination.named_buffers()),
+            options={
+                "strategy": self.strategy,
+                "randomness": self.randomness,
+                "chunk_size": self.chunk_size,
+            },
+        )
+
+    def save_member(self, index: int, path: str | os.PathLike[str]) -> None:
+        """Write one member's state dict to a file that plain PyTorch loads.
+
+        Args:
+            index: The member.
+            path: ``NAME.safetensors``, or ``.pt`` or ``.pth`` for `torch.save`.
+
+        Raises:
+            IndexError: If there is no such member.
+            ValueError: If the name ends otherwise.
+            OSError: If the disk refuses; a file that was there before is as it was.
+
+        Example:
+            >>> import tempfile
+            >>> path = tempfile.mkdtemp() + "/best.pt"
+            >>> ens = Ensemble.build(lambda: nn.Linear(3, 2), 5)
+            >>> ens.save_member(3, path)
+            >>> nn.Linear(3, 2).load_state_dict(torch.load(path))
+            <All keys matched successfully>
+        """
+        save_member(path, self._member(check_index(index, self._n), copy=False).state_dict())
 
     def forward(self, /, *args: Any, **kwargs: Any) -> Any:
         """Call every member: ``ens(x)[i] == ens[i](x)``.
@@ -446,6 +634,36 @@ class Ensemble(nn.Module):
         self._planner = Planner(Pool(template, members, shared))
         self._followers = weakref.WeakSet()
 
+    @classmethod
+    def _of(
+        cls,
+        model: nn.Module,
+        members: MemberTree,
+        shared: frozenset[str],
+        n: int,
+        options: Mapping[str, Any],
+    ) -> Ensemble:
+        """The ensemble of these stacked tensors, without a limit of memory."""
+        ensemble = cls.__new__(cls)
+        nn.Module.__init__(ensemble)
+        ensemble._assemble(make_template(model), members, shared, n)
+        ensemble.strategy = options["strategy"]
+        ensemble.randomness = options["randomness"]
+        ensemble.chunk_size = options["chunk_size"]
+        ensemble.memory_limit = None
+        return ensemble
+
+    def _tell_what_is_left_out(self) -> None:
+        registered = named_tensors(self.members)
+        names = sorted(self.stacked_tensors().keys() - registered.keys())
+        if names:
+            warnings.warn(
+                f"ens.save: the file leaves out what forward keeps in plain attributes"
+                f" ({', '.join(f'`{name}`' for name in names)}); make it a buffer",
+                EnsembleWarning,
+                stacklevel=3,
+            )
+
     def __getstate__(self) -> dict[str, Any]:
         """All but the followers, which are tied to this very ensemble."""
         return {name: value for name, value in vars(self).items() if name != "_followers"}
@@ -497,18 +715,24 @@ class Ensemble(nn.Module):
         if not indices:
             raise IndexError("ens[...]: an ensemble has at least one member; none was chosen")
         pool = self._planner.pool
-        ensemble = Ensemble.__new__(Ensemble)
-        nn.Module.__init__(ensemble)
         members = select(self.members, indices, shared=pool.shared, attributes=pool.attributes)
-        ensemble._assemble(make_template(pool.module), members, pool.shared, len(indices))
+        ensemble = Ensemble._of(pool.module, members, pool.shared, len(indices), vars(self))
         ensemble.combination = self.combination.select(indices)
         ensemble._planner.pool.attributes = pool.attributes
-        ensemble.strategy = self.strategy
-        ensemble.randomness = self.randomness
-        ensemble.chunk_size = self.chunk_size
         ensemble.memory_limit = self.memory_limit
         return ensemble
 
 
 def _call_member(member: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     return member(*args, **kwargs)
+
+
+def _one(make_model: Callable[[], nn.Module], call: str) -> nn.Module:
+    """A model, made without a trace in the global random state."""
+    check_make_model(make_model, call)
+    with _own_randomness(), torch.inference_mode(False):
+        return check_model(make_model(), call)
+
+
+def _own_randomness() -> AbstractContextManager[None]:
+    return torch.random.fork_rng(list(range(torch.cuda.device_count())))
