@@ -86,7 +86,10 @@ def shares(
     n = outputs.shape[0]
     real = outputs.real.dtype if outputs.is_complex() else outputs.dtype
     wide = torch.promote_types(real, torch.float32)
-    raise_together(_wrong_weights(call, weights, n, group), group, outputs.device)
+    # Only what is read, with no wait for a device, can be wrong on one rank alone.
+    is_read = not isinstance(weights, Tensor) or weights.device.type == "cpu"
+    error = _wrong_weights(call, weights, n, group)
+    raise_together(error, group if is_read else None, outputs.device)
     if isinstance(weights, Tensor):
         own = weights.to(device=outputs.device, dtype=wide)
     else:

@@ -76,4 +76,4 @@ def _over_count(own: Tensor, n: int, group: ProcessGroup) -> Tensor:
     """The sum over the ranks, over the number of all members, which comes along in one message."""
     packed = torch.cat([own.reshape(-1), own.new_full((1,), n)])
     found = all_sum(packed, group)
-    return (found[:-1] / found[-1]).reshape(own.shape)
+    return (found.narrow(0, 0, own.numel()) / found.select(0, -1)).reshape(own.shape)

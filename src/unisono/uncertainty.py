@@ -114,7 +114,7 @@ def classification(
         log_prediction = member_axis.log_mean(log_p, w, group)  # (*, C)
         prediction = log_prediction.exp()
     else:
-        raise_together(_wrong_probabilities(call, outputs, dim), group, outputs.device)
+        raise_together(_wrong_probabilities(call, outputs, dim), _reading(outputs, group), "cpu")
         p = wide
         prediction = member_reduction.mean(p, w, group)
         log_p, log_prediction = _log(p), _log(prediction)
@@ -173,7 +173,7 @@ def regression(
     member_axis.check_members(call, mean)
     _check_dtype(call, mean)
     group = member_group(call, mesh)
-    raise_together(_wrong_variance(call, mean, variance), group, mean.device)
+    raise_together(_wrong_variance(call, mean, variance), _reading(variance, group), "cpu")
     wide = torch.promote_types(mean.dtype, torch.float32)
     if variance is not None:
         wide = torch.promote_types(wide, variance.dtype)
@@ -211,6 +211,11 @@ def _origin(mean: Tensor, group: ProcessGroup | None) -> Tensor:
     """Member 0 of all; nothing depends on it but how differences are rounded."""
     first = mean.detach().select(0, 0)
     return first if group is None else broadcast_first(first, group)
+
+
+def _reading(values: Tensor | None, group: ProcessGroup | None) -> ProcessGroup | None:
+    """The ranks that may find different things when values are read; only those on the CPU are."""
+    return group if isinstance(values, Tensor) and values.device.type == "cpu" else None
 
 
 def _check_dtype(call: str, outputs: Tensor) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
+
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks import communication
 from one_process import batch, equal, make_model, whole
-from unisono import Ensemble, combine, distributed, evaluate, member_losses, optim
+from unisono import Ensemble, combine, distributed, member_losses, optim
+from unisono.distributed import planners
 
 N = 5
 
@@ -98,14 +103,38 @@ def buffers_of_batch_norm_are_the_first_replicas(mesh):
     equal(part.members[1].running_mean, ens.members[1].running_mean[part.block.slice])
 
 
-def evaluation_repeats_on_the_replicas(mesh):
-    ens, data = whole(N), batch(40)
-    part = distributed.shard(ens, mesh)
-    found = evaluate(part, data, task="classification", mesh=mesh)
-    wanted = evaluate(ens, data, task="classification")
-    for name, values in wanted.members.items():
-        equal(torch.tensor(found.members[name]), torch.tensor(values))
-        assert abs(found.combined[name] - wanted.combined[name]) < 1e-12
+def a_training_step_sends_the_gradients_once(mesh):
+    sent, wanted = communication.of_a_step(mesh)
+    assert sent == wanted > 0
+    sent, wanted = communication.of_a_step(mesh, "0.*")
+    assert sent == wanted > 0
+
+
+def a_checkpoint_of_four_blocks_is_read_by_any_number(mesh):
+    line = distributed.make_mesh()
+    saved = distributed.build(make_model, 9, line, seed=3)
+    folder = [tempfile.mkdtemp()] if dist.get_rank() == 0 else [None]
+    dist.broadcast_object_list(folder)
+    names = planners.stacked_names(saved)
+    dcp.save(
+        saved.state_dict(),
+        checkpoint_id=folder[0],
+        planner=planners.BlockSavePlanner(saved.block, names),
+    )
+    for other in (mesh, line):
+        part = distributed.build(make_model, 9, other, seed=99)
+        state = part.state_dict()
+        dcp.load(
+            state,
+            checkpoint_id=folder[0],
+            planner=planners.BlockLoadPlanner(part.block, names),
+        )
+        part.load_state_dict(state)
+        for name, theirs in whole(9).state_dict().items():
+            assert torch.equal(part.state_dict()[name], theirs[part.block.slice]), name
+    state = Ensemble.build(make_model, 9, seed=99).state_dict()  # what plain programs read
+    dcp.load(state, checkpoint_id=folder[0])
+    equal(state, dict(whole(9).state_dict()))
 
 
 def dropout_differs_between_replicas(mesh):
@@ -122,6 +151,7 @@ CHECKS = [
     five_steps_on_halves_of_the_batch_equal_one_process,
     gradients_accumulate_with_and_without_no_sync,
     buffers_of_batch_norm_are_the_first_replicas,
-    evaluation_repeats_on_the_replicas,
+    a_training_step_sends_the_gradients_once,
+    a_checkpoint_of_four_blocks_is_read_by_any_number,
     dropout_differs_between_replicas,
 ]

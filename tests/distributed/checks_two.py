@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks import communication
 from one_process import batch, equal, make_model, refused, whole
 from unisono import (
     Ensemble,
@@ -266,6 +269,21 @@ def copies_keep_their_place(mesh):
     assert part[[0]].block is None
 
 
+def bytes_are_those_of_the_answers(mesh):
+    for name, (sent, wanted) in communication.of_answers(mesh).items():
+        assert sent == wanted, name
+    assert communication.of_a_step(mesh) == (0, 0)
+
+
+def a_rank_that_stays_away_is_told_after_the_timeout(mesh):
+    # The last check: a group of gloo is of no use after an error.
+    quick = distributed.make_mesh(timeout=timedelta(seconds=1))
+    if mesh.get_local_rank() == 0:
+        with refused(RuntimeError, "imed out"):
+            combine.mean(torch.zeros(2, 3), mesh=quick)
+    dist.barrier()
+
+
 # What is refused, on every rank and without a wait ------------------------------------------------
 
 
@@ -369,4 +387,6 @@ CHECKS = [
     an_error_on_one_rank_is_raised_on_all,
     outputs_that_do_not_fit_each_other,
     meshes_that_do_not_fit,
+    bytes_are_those_of_the_answers,
+    a_rank_that_stays_away_is_told_after_the_timeout,
 ]

@@ -17,7 +17,7 @@ def make_model() -> nn.Module:
 
 def whole(n: int, **options: object) -> Ensemble:
     """The ensemble of one process."""
-    return Ensemble.build(make_model, n, seed=3, **options)
+    return Ensemble.build(make_model, n, seed=3, strategy="fused", **options)
 
 
 def batch(rows: int = 12) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -44,17 +44,15 @@ def shard(ens: Ensemble, mesh: DeviceMesh) -> Ensemble:
     """
     call = "distributed.shard"
     check_mesh(call, mesh)
-    error: Exception | None = None
-    facts: dict[str, str] = {}
-    try:
-        block = _block(call, ens, mesh)
-        facts = facts_of(ens, len(ens)) | values_of(ens)
-    except Exception as found:
-        error = found
-    agree(call, facts, error)
-    part = ens[block.slice]
-    part.block = block
-    return part
+
+    def make() -> Ensemble:
+        _check_whole(call, ens)
+        block = place(call, len(ens), mesh)
+        part = ens[block.slice]
+        part.block = block
+        return part
+
+    return together(call, make, lambda: values_of(ens))
 
 
 def build(
@@ -96,9 +94,8 @@ def build(
     """
     call = "distributed.build"
     check_mesh(call, mesh)
-    error: Exception | None = None
-    facts: dict[str, str] = {}
-    try:
+
+    def make() -> Ensemble:
         check_build(make_model, n, seed)
         block = place(call, n, mesh)
         part = Ensemble.build(
@@ -111,12 +108,37 @@ def build(
             chunk_size=chunk_size,
             memory_limit=memory_limit,
         )
-        facts = facts_of(part, n) | {"seed": str(seed)}
-    except Exception as found:
-        error = found
-    agree(call, facts, error)
-    part.block = block
+        part.block = block
+        return part
+
+    part = together(call, make, lambda: {"seed": str(seed)})
     share_from_first(part)
+    return part
+
+
+def together(
+    call: str, make: Callable[[], Ensemble], facts: Callable[[], Mapping[str, str]] = dict
+) -> Ensemble:
+    """Make the part of every rank, or raise on every rank if one can't, or is of another whole.
+
+    Args:
+        call: The function that the user called, for the message.
+        make: Makes this rank's part, with its block.
+        facts: What has to be equal on all ranks, beside the architecture.
+
+    Raises:
+        EnsembleError: If ``make`` raised on another rank, or the parts don't fit together.
+        Exception: What ``make`` raised on this one.
+    """
+    error: Exception | None = None
+    found: dict[str, str] = {}
+    try:
+        part = make()
+        assert part.block is not None
+        found = {**facts_of(part, part.block.num_members), **facts()}
+    except Exception as raised:
+        error = raised
+    agree(call, found, error)
     return part
 
 
@@ -156,12 +178,11 @@ def share_from_first(part: Ensemble) -> None:
         tensor.copy_(value)
 
 
-def _block(call: str, ens: Ensemble, mesh: DeviceMesh) -> Block:
+def _check_whole(call: str, ens: Ensemble) -> None:
     if not isinstance(ens, Ensemble):
         raise TypeError(f"{call}: the first argument is an Ensemble, got {type(ens).__name__}")
     if ens.block is not None:
         raise ValueError(
-            f"{call}: this ensemble is a block already, of members {ens.block.members.start} to"
-            f" {ens.block.members.stop - 1}; pass the whole ensemble"
+            f"{call}: this ensemble is a block already, of members {ens.block.first} to"
+            f" {ens.block.first + ens.block.size - 1}; pass the whole ensemble"
         )
-    return place(call, len(ens), mesh)

@@ -1,0 +1,148 @@
+"""What can be said of members over ranks without other ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from launch import ROOT
+from unisono import Ensemble, combine, distributed
+from unisono.block import split_members
+from unisono.engine.rng import drawing_apart
+from unisono.errors import EnsembleError
+
+NOT_STARTED = """\
+{}: this process belongs to no group of processes (RANK, WORLD_SIZE, MASTER_ADDR are not in the \
+environment); start the program by
+
+    torchrun --nproc-per-node 2 train.py"""
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: distributed.make_mesh(), "distributed.make_mesh"),
+        (lambda: distributed.shard(Ensemble([nn.Linear(2, 2)]), None), "distributed.shard"),
+        (lambda: distributed.build(lambda: nn.Linear(2, 2), 3, None), "distributed.build"),
+    ],
+    ids=["make_mesh", "shard", "build"],
+)
+def test_a_program_that_was_started_alone_is_told_how_to_start(call, name, monkeypatch):
+    for variable in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(EnsembleError, match="belongs to no group") as error:
+        call()
+    assert str(error.value) == NOT_STARTED.format(name)
+
+
+@pytest.mark.parametrize("n", [1, 5, 9, 16])
+@pytest.mark.parametrize("blocks", [1, 3, 4, 5])
+def test_blocks_are_consecutive_even_and_never_empty(n, blocks):
+    if blocks > n:
+        with pytest.raises(ValueError, match=f"{n} members make 1 to {n} blocks, not {blocks}"):
+            split_members(n, blocks)
+        return
+    found = split_members(n, blocks)
+    assert [i for members in found for i in members] == list(range(n))
+    sizes = [len(members) for members in found]
+    assert len(found) == blocks
+    assert max(sizes) - min(sizes) <= 1
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_generators_draw_apart_and_come_together_again():
+    start = torch.get_rng_state()
+    drawn, after = [], []
+    for place in range(3):
+        torch.set_rng_state(start)
+        with drawing_apart(place, []):
+            drawn.append(torch.rand(4))
+        after.append(torch.rand(4))
+    assert len({tuple(each.tolist()) for each in [*drawn, after[0]]}) == 4
+    assert torch.equal(after[0], after[1])
+    assert torch.equal(after[0], after[2])
+    torch.set_rng_state(start)
+    with drawing_apart(1, []):
+        pass
+    assert torch.equal(start, torch.get_rng_state())
+
+
+def test_a_mesh_is_a_mesh():
+    with pytest.raises(TypeError, match=r"combine\.mean: mesh is a torch\.distributed\.DeviceMesh"):
+        combine.mean(torch.zeros(2, 3), mesh="member")
+
+
+def test_the_import_brings_nothing_of_torch_that_torch_did_not():
+    program = """
+import json, sys, torch
+before = set(sys.modules)
+import unisono, unisono.distributed
+new = [m for m in set(sys.modules) - before if m.startswith("torch.distributed")]
+print(json.dumps(sorted(new)))
+"""
+    # What torch.optim and torch.utils.data import themselves is theirs.
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            program.replace(
+                "import json, sys, torch",
+                "import json, sys, torch\nimport torch.utils.data, torch.nn.parallel",
+            ),
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout) == []
+
+
+FAKE = """
+import torch, torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from unisono import combine, uncertainty
+
+torch.cuda.get_device_capability = lambda device=None: (8, 0)  # which `broadcast` asks for
+dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
+mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("member", "data"))
+with FakeTensorMode():
+    logits = torch.empty(3, 8, 5, device="cuda", dtype=torch.float16)
+    found = [
+        combine.mean(logits, mesh=mesh),
+        combine.probabilities(logits, mesh=mesh),
+        combine.vote(logits, mesh=mesh),
+        *uncertainty.classification(logits, mesh=mesh),
+        *uncertainty.regression(logits, logits.exp(), mesh=mesh),
+    ]
+for each in found:
+    print(each.device, tuple(each.shape), each.dtype)
+"""
+
+
+def test_sums_stay_on_the_device_and_wait_for_nothing():
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", FAKE],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        f"cuda:0 {shape} {dtype}"
+        for shape, dtype in [
+            ("(8, 5)", "torch.float16"),
+            ("(8, 5)", "torch.float16"),
+            ("(8,)", "torch.int64"),
+            ("(8, 5)", "torch.float16"),
+            *[("(8,)", "torch.float16")] * 3,
+            *[("(8, 5)", "torch.float16")] * 4,
+        ]
+    ]
