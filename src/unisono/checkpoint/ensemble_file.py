@@ -39,6 +39,8 @@ class Facts:
         shared: Names of tensors that are kept once for all members.
         ties: Second name of a tensor -> its first name, under which it is stored.
         frozen: Names of tensors that don't require a gradient, though they are parameters.
+        buffers: Names of tensors that are no parameters, tied ones under each name.
+        non_persistent: Those of them that are in the file, and not in a member's state dict.
         evaluating: Paths of modules in eval mode.
         options: The options of the ensemble.
         outline: Classes and attributes of the member's modules.
@@ -49,6 +51,8 @@ class Facts:
     shared: tuple[str, ...]
     ties: Mapping[str, str]
     frozen: tuple[str, ...]
+    buffers: tuple[str, ...]
+    non_persistent: tuple[str, ...]
     evaluating: tuple[str, ...]
     options: Mapping[str, Any]
     outline: Outline
@@ -108,6 +112,8 @@ def save(
         shared=tuple(sorted(shared)),
         ties=tied,
         frozen=tuple(n for n, p in members.named_parameters() if not p.requires_grad),
+        buffers=tuple(dict(members.named_buffers(remove_duplicate=False))),
+        non_persistent=tuple(sorted(own.keys() - members.state_dict().keys())),
         evaluating=tuple(path for path, tree in members.named_modules() if not tree.training),
         options=options,
         outline=outline(template),
@@ -222,6 +228,8 @@ def _facts(file: TensorFile) -> Facts:
         shared=_texts(found, "shared"),
         ties=_text_map(_typed(found, "ties", dict)),
         frozen=_texts(found, "frozen"),
+        buffers=_texts(found, "buffers"),
+        non_persistent=_texts(found, "non_persistent"),
         evaluating=_texts(found, "evaluating"),
         options=_typed(found, "options", dict),
         outline={
