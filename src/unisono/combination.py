@@ -85,7 +85,7 @@ class Combination(nn.Module):
             problem
             for name, value in given.items()
             if value is not None
-            for problem in _problems(name, value, self._shape(name))
+            for problem in problems_of(name, value, self._shape(name))
         ]
         if problems:
             raise ValueError("ens.combination.set: " + "; ".join(problems))
@@ -240,17 +240,26 @@ def _copied(name: str, value: Tensor | Sequence[float] | float) -> Tensor:
         ) from error
 
 
-def _problems(name: str, value: Tensor, shape: tuple[int, ...]) -> list[str]:
-    """What is wrong with a tensor that is to be kept; values are read once, when it is set."""
+def problems_of(name: str, value: Tensor, shape: tuple[int, ...]) -> list[str]:
+    """What is wrong with a tensor that is to be kept; values are read once, when it is set.
+
+    Args:
+        name: One of `NAMES`, with a prefix or without.
+        value: The tensor.
+        shape: The one it is to have.
+
+    Returns:
+        One fact a problem.
+    """
     if tuple(value.shape) != shape:
         return [f"{name} has shape {shape}, got {tuple(value.shape)}"]
     if value.is_complex():
         return [f"{name} are real numbers, got {value.dtype}"]
     numbers = value.reshape(-1).tolist()
-    if name != "weights":
+    if not name.endswith("weights"):
         wrong = [x for x in numbers if not (math.isfinite(x) and x > 0)]
         return [f"{name}: finite and above zero, got {wrong[0]}"] if wrong else []
     wrong = [x for x in numbers if not (math.isfinite(x) and x >= 0)]
     if wrong:
-        return [f"weights: finite and not negative, got {wrong[0]}"]
-    return [] if any(numbers) else [f"weights: all {len(numbers)} are zero"]
+        return [f"{name}: finite and not negative, got {wrong[0]}"]
+    return [] if any(numbers) else [f"{name}: all {len(numbers)} are zero"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,7 +31,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         Path of the new file, which is empty.
 
     Raises:
-        OSError: If the disk refuses.
+        OSError: If the disk refuses, or ``path`` is a folder, a device or a pipe.
 
     Example:
         >>> import tempfile
@@ -40,9 +42,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         'whole'
     """
     target = Path(os.path.realpath(path))
+    _refuse_what_is_no_file(target)
     _remove_left_behind(target)
-    new, lock = _new_beside(target)
+    # In the same folder, because a rename is atomic only within one file system. 64 random bits:
+    # nobody else has this name, so it may be removed even if ctrl-C comes while it is made.
+    new = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    lock = None
     try:
+        lock = _make(new, target)
         yield new
         _sync(new)  # a rename must not become durable before the content
         os.replace(new, target)
@@ -53,24 +60,33 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     _sync(target.parent)
 
 
-def _new_beside(target: Path) -> tuple[Path, int | None]:
-    """A new file and the handle that holds its lock for as long as this process lives.
+def _refuse_what_is_no_file(target: Path) -> None:
+    """Raise before a rename takes the place of a device, which a superuser may do."""
+    try:
+        mode = target.stat().st_mode
+    except OSError:  # nothing is there, or making the new file will tell
+        return
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "Not a regular file", str(target))
 
-    In the same folder, because a rename is atomic only within one file system.
-    """
+
+def _make(new: Path, target: Path) -> int | None:
+    """Make a file, and give the handle that holds its lock for as long as this process lives."""
     while True:
-        new = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
         handle = os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
         if fcntl is None:
             os.close(handle)  # Windows renames no open file
-            return new, None
+            return None
         with suppress(OSError):  # there was no file before, or its rights can't be had
             os.fchmod(handle, target.stat().st_mode & 0o7777)
         with suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Waits for another process that came between, and takes it for one left behind.
+            fcntl.flock(handle, fcntl.LOCK_EX)
         if new.exists():
-            return new, handle
-        os.close(handle)  # another process came between, and took it for one left behind
+            return handle
+        os.close(handle)
 
 
 def _remove_left_behind(target: Path) -> None:
@@ -79,7 +95,7 @@ def _remove_left_behind(target: Path) -> None:
         return
     for old in target.parent.glob(f".{_escaped(target.name)}.*.tmp"):
         with suppress(OSError):  # it is in use, or gone, or another user's
-            handle = os.open(old, os.O_RDWR)
+            handle = os.open(old, os.O_RDONLY | os.O_NONBLOCK)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 old.unlink()

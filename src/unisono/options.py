@@ -16,8 +16,8 @@ from unisono.engine.planning.plan import StrategyName
 from unisono.errors import CheckpointError
 from unisono.module_tree import named_tensors
 
-_STRATEGIES = frozenset(get_args(StrategyName))
-_RANDOMNESS = frozenset(get_args(Randomness))
+_STRATEGIES = get_args(StrategyName)
+_RANDOMNESS = get_args(Randomness)
 _INDEX = "the index is an integer, a slice, a list of integers or a mask of booleans"
 
 

@@ -16,16 +16,18 @@ from torch import Tensor, nn
 from unisono.checkpoint.architecture import Outline, contradictions, outline, remarks, ties
 from unisono.checkpoint.reading import Entry, TensorFile, open_file
 from unisono.checkpoint.writing import write
-from unisono.combination import NAMES
+from unisono.combination import NAMES, problems_of
 from unisono.describe import list_facts
 from unisono.errors import CheckpointError
 from unisono.module_tree import named_tensors
+from unisono.options import check_options
 from unisono.stacking import MemberTree, mirror
 
 NAME: Final = "model.safetensors"  # in a folder
 WHAT: Final = "an ensemble of unisono"
 MEMBERS: Final = "members."
 COMBINATION: Final = "combination."
+OPTIONS: Final = frozenset(("strategy", "randomness", "chunk_size"))
 _KIND: Final = "ensemble"
 _VERSION: Final = 1
 
@@ -104,7 +106,15 @@ def save(
     Raises:
         OSError: If the disk refuses; a file that was there before is as it was.
         TypeError: If a tensor can't be stored; likewise.
+        ValueError: If the combination has values that `load` would refuse; likewise.
     """
+    problems = [
+        problem
+        for name, tensor in combination.items()
+        for problem in problems_of(name, tensor, tuple(tensor.shape))
+    ]
+    if problems:
+        raise ValueError(f"ens.save: ens.combination can't be loaded again: {'; '.join(problems)}")
     own, tied = named_tensors(members), ties(members)
     stored = {name: tensor for name, tensor in own.items() if name not in tied}
     facts = Facts(
@@ -152,6 +162,7 @@ def load(
     with open_ensemble(path) as (file, facts):
         with file.making_sense():
             _check_model(file, facts, model)
+            _check_combination(file)
         for i in members or ():
             if not 0 <= i < facts.members:
                 raise IndexError(
@@ -217,11 +228,11 @@ def _facts(file: TensorFile) -> Facts:
     found = file.facts
     if not isinstance(found, dict) or found.get("kind") != _KIND:
         kind = found.get("kind") if isinstance(found, dict) else None
-        raise ValueError(f"it holds {kind if isinstance(kind, str) else 'something else'}")
+        raise ValueError(f"it holds {kind[:100] if isinstance(kind, str) else 'something else'}")
     if found.get("version") != _VERSION:
         raise ValueError(
-            f"it has version {found.get('version')!r} of the format, this unisono reads"
-            f" {_VERSION}; it was written by {found.get('versions')}"
+            f"it has version {found.get('version')!r:.100} of the format, this unisono reads"
+            f" {_VERSION}; it was written by {found.get('versions')!r:.200}"
         )
     facts = Facts(
         members=_typed(found, "members", int),
@@ -231,7 +242,7 @@ def _facts(file: TensorFile) -> Facts:
         buffers=_texts(found, "buffers"),
         non_persistent=_texts(found, "non_persistent"),
         evaluating=_texts(found, "evaluating"),
-        options=_typed(found, "options", dict),
+        options=_options(_typed(found, "options", dict)),
         outline={
             str(path): {"class": "", **_text_map(texts)}
             for path, texts in _typed(found, "outline", dict).items()
@@ -257,6 +268,13 @@ def _facts(file: TensorFile) -> Facts:
     return facts
 
 
+def _options(found: dict[str, Any]) -> dict[str, Any]:
+    if found.keys() != OPTIONS:
+        raise ValueError(f"'options' is {found!r:.100}")
+    check_options(**found)
+    return found
+
+
 def _check_model(file: TensorFile, facts: Facts, model: nn.Module) -> None:
     """Raise one error for everything in which a model isn't what was saved."""
     own, tied = named_tensors(model), ties(model)
@@ -275,6 +293,9 @@ def _check_model(file: TensorFile, facts: Facts, model: nn.Module) -> None:
         before, now = facts.ties.get(name, name), tied.get(name, name)
         if before != now and name in own and name in entries:
             lines.append(f"`{name}` was the tensor `{before}`, in the model it is `{now}`")
+    for name, parameter in model.named_parameters():
+        if name not in facts.frozen and not _is_differentiable(parameter):
+            lines.append(f"`{name}` required a gradient, which a {parameter.dtype} can't have")
     lines += contradictions(facts.outline, model)
     if lines:
         raise CheckpointError(
@@ -287,6 +308,16 @@ def _check_model(file: TensorFile, facts: Facts, model: nn.Module) -> None:
         )
 
 
+def _check_combination(file: TensorFile) -> None:
+    """Raise unless these are weights and temperatures that could have been set."""
+    for key in sorted(file.entries):
+        if key.startswith(COMBINATION):
+            tensor = file.read(key)
+            problems = problems_of(key, tensor, tuple(tensor.shape))
+            if problems:
+                raise ValueError("; ".join(problems))
+
+
 def _compare(name: str, entry: Entry, tensor: Tensor, *, stacked: bool) -> Iterator[str]:
     shape = entry.shape[1:] if stacked else entry.shape
     if shape != tuple(tensor.shape):
@@ -296,6 +327,10 @@ def _compare(name: str, entry: Entry, tensor: Tensor, *, stacked: bool) -> Itera
             f"`{name}` is {entry.dtype} in the file, {tensor.dtype} in the model; make_model="
             f"lambda: Model().to({entry.dtype}) makes it so"
         )
+
+
+def _is_differentiable(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _rows(tensor: Tensor, members: Sequence[int] | None) -> Tensor:

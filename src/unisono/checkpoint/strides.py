@@ -7,9 +7,12 @@ fast it is, too. A file holds every tensor in the order of its shape, and the st
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
+
+_LIMIT: Final = 2**62  # what torch takes for a stride, with room to multiply
 
 
 def noted_strides(tensor: Tensor) -> list[int] | None:
@@ -37,9 +40,11 @@ def strides_of_rows(shape: Sequence[int], strides: Sequence[int] | None, rows: i
         return list(_in_order(new))
     if len(strides) != len(shape) or not _is_dense(shape, strides):
         raise ValueError(f"shape {tuple(shape)} can't have the strides {list(strides)}")
-    if rows == shape[0] or strides[0] >= max(strides):
+    if rows == shape[0]:
         return list(strides)
-    return list(_in_order(new))
+    # The stride of a single row may be anything. With more of them it would leave gaps.
+    is_outermost = strides[0] >= max(strides) and _is_dense(new, strides)
+    return list(strides) if is_outermost else list(_in_order(new))
 
 
 def _in_order(shape: Sequence[int]) -> tuple[int, ...]:
@@ -48,6 +53,8 @@ def _in_order(shape: Sequence[int]) -> tuple[int, ...]:
 
 def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether the elements fill one piece of memory, each with a place of its own."""
+    if not all(0 <= stride < _LIMIT for stride in strides):
+        return False  # axes of length 0 and 1 may have any other
     expected = 1
     for step, size in sorted((t, s) for t, s in zip(strides, shape, strict=True) if s > 1):
         if step != expected:
