@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -71,7 +71,7 @@ class TensorFile:
         self.metadata: dict[str, str] = {}
         self._handle: Any = None
         self._checks: dict[str, int] = {}
-        self._member_checks: Crcs = np.zeros(0, np.uint32)
+        self.member_checks: Crcs = np.zeros(0, np.uint32)  # (N), of each member's values
         self.stacked: frozenset[str] = frozenset()
 
     def take(self, handle: Any) -> None:
@@ -116,20 +116,46 @@ class TensorFile:
         """
         if not self.stacked:
             return
-        count = len(self._member_checks) if members is None else len(members)
+        count = len(self.member_checks) if members is None else len(members)
         found = np.zeros(count, np.uint32)
-        for key in (key for key in self._in_order() if key in self.stacked):
+        for key in (key for key in self.in_order() if key in self.stacked):
             out = self._empty(key, count, device_of(key))
             crcs = self._copy_rows(key, out, members)
             found = chain(found, crcs)
             if members is None and of_rows(crcs) != self._checks.get(key):
                 raise self.broken(f"the values of `{key}` are not those that were saved")
             yield key, out
-        expected = self._member_checks if members is None else self._member_checks[list(members)]
+        expected = self.member_checks if members is None else self.member_checks[list(members)]
         bad = np.flatnonzero(found != expected).tolist()
         if bad:
             at = bad if members is None else [members[k] for k in bad]
             raise self.broken(f"the values of members {at} are not those that were saved")
+
+    @property
+    def has_checks(self) -> bool:
+        """Whether the file says what its values are to be."""
+        return bool(self._checks)
+
+    def check(self, rows: Mapping[str, Crcs]) -> None:
+        """Compare all that was read with what was saved.
+
+        Args:
+            rows: `writing.row_checks` of every tensor.
+
+        Raises:
+            CheckpointError: If anything is damaged; it names all such tensors and members.
+        """
+        if not self.has_checks:
+            return
+        found = np.zeros(len(self.member_checks), np.uint32)
+        for key in (key for key in self.in_order() if key in self.stacked):
+            found = chain(found, rows[key])
+        names = [f"`{key}`" for key in self.in_order() if of_rows(rows[key]) != self._checks[key]]
+        members = np.flatnonzero(found != self.member_checks).tolist()
+        if names or members:
+            what = [", ".join(names)] if names else []
+            what += [f"members {members}"] if members else []
+            raise self.broken(f"the values of {' in '.join(what)} are not those that were saved")
 
     @contextmanager
     def making_sense(self) -> Iterator[None]:
@@ -147,7 +173,8 @@ class TensorFile:
         """The error about content of this file."""
         return CheckpointError(f"{self.name} isn't {self.what}: {what}")
 
-    def _in_order(self) -> list[str]:
+    def in_order(self) -> list[str]:
+        """The tensors as they lie in a file of `unisono`."""
         return sorted(self.entries, key=lambda k: (-self.entries[k].dtype.itemsize, k))
 
     def _empty(self, key: str, rows: int, device: torch.device | None) -> Tensor:
@@ -195,7 +222,7 @@ class TensorFile:
         checks = notes["checks"]
         self._checks = {key: int(checks["tensors"][key], 16) for key in self.entries}
         members = np.frombuffer(bytes.fromhex(checks["members"]), ">u4")
-        self._member_checks = members.astype(np.uint32)
+        self.member_checks = members.astype(np.uint32)
         self.stacked = frozenset(notes["stacked"])
         for key in sorted(self.stacked):
             if self.entries[key].shape[:1] != members.shape:
