@@ -31,9 +31,9 @@ napoleon_custom_sections = ["Shape"]
 nitpick_ignore_regex = [
     (r"py:.*", r"unisono\.engine\..*"),
     (r"py:.*", r"unisono\.training\.session\.Scheduler"),
-    (r"py:.*", r"(torch|numpy|np|nn|collections|pathlib|typing|os)\..*"),
+    (r"py:.*", r"(torch|numpy|np|nn|collections|pathlib|typing|os|io)\..*"),
     (r"py:.*", r"(Tensor|Module|Callable|Iterable|Iterator|Mapping|Sequence|Any|Literal|Path)"),
-    (r"py:.*", r"(Array|Axes|Combine|Figure|Mask|Metric|Task|Values)"),
+    (r"py:.*", r"(Array|Axes|Combine|DeviceMesh|Figure|Mask|Metric|Task|Values)"),
 ]
 
 

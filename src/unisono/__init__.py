@@ -2,6 +2,7 @@
 
 from unisono import calibration as calibration
 from unisono import combine as combine
+from unisono import distributed as distributed
 from unisono import optim as optim
 from unisono import plans as plans
 from unisono import selection as selection

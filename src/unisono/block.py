@@ -50,7 +50,7 @@ class Block:
 
     @property
     def slice(self) -> slice:
-        """Where they stand: ``rates[block.slice]`` of a list with a number for each of all."""
+        """Where they stand among all, as in ``rates[block.slice]`` of a list with N numbers."""
         return slice(self.first, self.first + self.size)
 
     @property

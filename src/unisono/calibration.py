@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from unisono import held_out, member_axis
-from unisono.collectives import member_group
+from unisono import collectives, held_out, member_axis
 
 LOWEST: Final = 0.01
 HIGHEST: Final = 100.0
@@ -200,7 +199,7 @@ def pool(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperatures is not None:
         logits = apply(logits, temperatures)
-    group = member_group("calibration.pool", mesh)
+    group = collectives.member_group("calibration.pool", mesh)
     shares = None
     if weights is not None:
         shares = member_axis.shares("calibration.pool", weights, logits, group)

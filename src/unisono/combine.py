@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from unisono import member_axis, member_reduction
-from unisono.collectives import all_sum, gather_rows, member_group
+from unisono import collectives, member_axis, member_reduction
 
 
 def mean(outputs: Tensor, *, mesh: DeviceMesh | None = None) -> Tensor:
@@ -46,7 +45,7 @@ def mean(outputs: Tensor, *, mesh: DeviceMesh | None = None) -> Tensor:
         tensor([2., 4.])
     """
     _check("mean", outputs)
-    group = member_group("combine.mean", mesh)
+    group = collectives.member_group("combine.mean", mesh)
     if group is None:
         return outputs.mean(0)
     wide = torch.promote_types(outputs.dtype, torch.float32)
@@ -81,8 +80,8 @@ def median(outputs: Tensor, *, mesh: DeviceMesh | None = None) -> Tensor:
     _check("median", outputs)
     if outputs.is_complex():
         raise TypeError(f"combine.median: complex numbers have no order, got {outputs.dtype}")
-    if (group := member_group("combine.median", mesh)) is not None:
-        outputs = gather_rows(outputs, group)
+    if (group := collectives.member_group("combine.median", mesh)) is not None:
+        outputs = collectives.gather_rows(outputs, group)
     n = outputs.shape[0]
     ordered = outputs.sort(0).values
     low, high = ordered.select(0, (n - 1) // 2), ordered.select(0, n // 2)
@@ -125,7 +124,7 @@ def weighted(
         tensor([2., 3.])
     """
     _check("weighted", outputs)
-    group = member_group("combine.weighted", mesh)
+    group = collectives.member_group("combine.weighted", mesh)
     share = member_axis.shares("combine.weighted", weights, outputs, group)
     return member_reduction.mean(outputs, share, group).to(outputs.dtype)
 
@@ -158,7 +157,7 @@ def probabilities(logits: Tensor, dim: int = -1, *, mesh: DeviceMesh | None = No
     _check("probabilities", logits)
     dim = member_axis.class_axis("combine.probabilities", logits, dim)
     wide = torch.promote_types(logits.dtype, torch.float32)
-    group = member_group("combine.probabilities", mesh)
+    group = collectives.member_group("combine.probabilities", mesh)
     own = logits.softmax(dim, dtype=wide)
     return member_reduction.mean(own, None, group).to(logits.dtype)
 
@@ -195,10 +194,10 @@ def vote(outputs: Tensor, dim: int = -1, *, mesh: DeviceMesh | None = None) -> T
     _check("vote", outputs, integers=True)
     if outputs.is_floating_point() or outputs.is_complex():
         dim = member_axis.class_axis("combine.vote", outputs, dim)
-    if (group := member_group("combine.vote", mesh)) is not None:
+    if (group := collectives.member_group("combine.vote", mesh)) is not None:
         if outputs.is_floating_point():
             return _most_votes(outputs, dim, group)
-        outputs = gather_rows(outputs, group)
+        outputs = collectives.gather_rows(outputs, group)
     ordered, votes = member_axis.counted_up(member_axis.chosen(outputs, dim))
     n = outputs.shape[0]
     place = torch.arange(n, device=outputs.device).reshape(n, *[1] * (ordered.ndim - 1))
@@ -213,7 +212,7 @@ def _most_votes(logits: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     choices = member_axis.chosen(logits, dim).unsqueeze(dim)  # (n, *, 1)
     votes = logits.new_zeros(logits.shape, dtype=torch.int32)
     votes.scatter_(dim, choices.clamp(min=0), (choices >= 0).to(votes.dtype))
-    count = all_sum(votes.sum(0, dtype=votes.dtype), group)  # (*, C)
+    count = collectives.all_sum(votes.sum(0, dtype=votes.dtype), group)  # (*, C)
     winner = count.argmax(dim - 1)  # of equal ones the first, as torch documents
     return winner.masked_fill(count.sum(dim - 1) == 0, -1)
 

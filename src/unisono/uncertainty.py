@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from unisono import member_axis, member_reduction
-from unisono.collectives import broadcast_first, each_uses, member_group, raise_together
+from unisono import collectives, member_axis, member_reduction
 from unisono.disagreement import disagreement_matrix as disagreement_matrix
 from unisono.disagreement import pairwise_disagreement as pairwise_disagreement
 from unisono.disagreement import variation_ratio as variation_ratio
@@ -105,7 +104,7 @@ def classification(
     if given not in ("logits", "probabilities"):
         raise ValueError(f'{call}: given is "logits" or "probabilities"; got {given!r}')
     dim = member_axis.class_axis(call, outputs, dim)
-    group = member_group(call, mesh)
+    group = collectives.member_group(call, mesh)
     wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
     w = None if weights is None else member_axis.shares(call, weights, outputs, group)
     if given == "logits":
@@ -114,13 +113,15 @@ def classification(
         log_prediction = member_axis.log_mean(log_p, w, group)  # (*, C)
         prediction = log_prediction.exp()
     else:
-        raise_together(_wrong_probabilities(call, outputs, dim), _reading(outputs, group), "cpu")
+        collectives.raise_together(
+            _wrong_probabilities(call, outputs, dim), _reading(outputs, group), "cpu"
+        )
         p = wide
         prediction = member_reduction.mean(p, w, group)
         log_p, log_prediction = _log(p), _log(prediction)
     w = None if w is None else w.squeeze(dim)
     aleatoric = member_reduction.mean(-(p * log_p).sum(dim), w, group).clamp(min=0)
-    together = (each_uses(each, group) for each in (prediction, log_prediction))
+    together = (collectives.each_uses(each, group) for each in (prediction, log_prediction))
     divergence = _divergence_terms(p, log_p, *together)
     epistemic = member_reduction.mean(divergence.sum(dim), w, group).clamp(min=0)
     found = (prediction, aleatoric + epistemic, aleatoric, epistemic)
@@ -172,8 +173,10 @@ def regression(
     call = "uncertainty.regression"
     member_axis.check_members(call, mean)
     _check_dtype(call, mean)
-    group = member_group(call, mesh)
-    raise_together(_wrong_variance(call, mean, variance), _reading(variance, group), "cpu")
+    group = collectives.member_group(call, mesh)
+    collectives.raise_together(
+        _wrong_variance(call, mean, variance), _reading(variance, group), "cpu"
+    )
     wide = torch.promote_types(mean.dtype, torch.float32)
     if variance is not None:
         wide = torch.promote_types(wide, variance.dtype)
@@ -183,7 +186,9 @@ def regression(
     offset = mean.to(wide) - first
     average = member_reduction.mean(offset, w, group)
     prediction = first + average
-    epistemic = member_reduction.mean((offset - each_uses(average, group)).square(), w, group)
+    epistemic = member_reduction.mean(
+        (offset - collectives.each_uses(average, group)).square(), w, group
+    )
     aleatoric = torch.zeros_like(epistemic)
     if variance is not None:
         aleatoric = member_reduction.mean(variance.to(wide), w, group)
@@ -210,7 +215,7 @@ def _divergence_terms(p: Tensor, log_p: Tensor, mean: Tensor, log_of_mean: Tenso
 def _origin(mean: Tensor, group: ProcessGroup | None) -> Tensor:
     """Member 0 of all; nothing depends on it but how differences are rounded."""
     first = mean.detach().select(0, 0)
-    return first if group is None else broadcast_first(first, group)
+    return first if group is None else collectives.broadcast_first(first, group)
 
 
 def _reading(values: Tensor | None, group: ProcessGroup | None) -> ProcessGroup | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 
+import members_over_ranks
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -103,6 +104,22 @@ def buffers_of_batch_norm_are_the_first_replicas(mesh):
     equal(part.members[1].running_mean, ens.members[1].running_mean[part.block.slice])
 
 
+def the_example_gives_what_one_process_gives(mesh):
+    found, probabilities = members_over_ranks.train(mesh)
+    ens = Ensemble.build(members_over_ranks.make_model, 8)
+    x, y = members_over_ranks.load()
+    optimizer = optim.Adam(ens, lr=members_over_ranks.RATES)
+    order = torch.Generator().manual_seed(1)
+    for _ in range(members_over_ranks.STEPS):
+        rows = torch.randperm(800, generator=order)[: members_over_ranks.BATCH_SIZE]
+        member_losses(F.cross_entropy, ens(x[rows]), y[rows]).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    wanted = combine.probabilities(ens(x[800:]).detach())
+    torch.testing.assert_close(probabilities, wanted, rtol=0, atol=1e-5)
+    assert len(found.members["nll"]) == 8
+
+
 def a_training_step_sends_the_gradients_once(mesh):
     sent, wanted = communication.of_a_step(mesh)
     assert sent == wanted > 0
@@ -151,6 +168,7 @@ CHECKS = [
     five_steps_on_halves_of_the_batch_equal_one_process,
     gradients_accumulate_with_and_without_no_sync,
     buffers_of_batch_norm_are_the_first_replicas,
+    the_example_gives_what_one_process_gives,
     a_training_step_sends_the_gradients_once,
     a_checkpoint_of_four_blocks_is_read_by_any_number,
     dropout_differs_between_replicas,

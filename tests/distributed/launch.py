@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-PATHS = [ROOT, ROOT / "src", ROOT / "tests", ROOT / "tests" / "distributed"]
+PATHS = [ROOT, ROOT / "src", ROOT / "examples", ROOT / "tests", ROOT / "tests" / "distributed"]
 
 
 def run_ranks(

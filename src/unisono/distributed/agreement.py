@@ -64,8 +64,8 @@ def facts_of(ens: Ensemble, num_members: int) -> dict[str, str]:
 
 def values_of(ens: Ensemble) -> dict[str, str]:
     """A checksum of the values of each tensor, for ensembles that are whole on every rank."""
-    named = ens.state_dict()
-    sums = [_checksum(tensor) for tensor in named.values() if isinstance(tensor, Tensor)]
+    named = {n: value for n, value in ens.state_dict().items() if isinstance(value, Tensor)}
+    sums = [checksum(tensor) for tensor in named.values()]
     return {
         f"values of {name}": f"checksum {value}"
         for name, value in zip(named, torch.stack(sums).tolist() if sums else (), strict=True)
@@ -116,8 +116,13 @@ def _source(kind: type[nn.Module]) -> int:
         return zlib.crc32(kind.forward.__code__.co_code)
 
 
-def _checksum(tensor: Tensor) -> Tensor:
-    """The bits of all elements as integers, summed: equal for equal values in any order of work."""
+def checksum(tensor: Tensor) -> Tensor:
+    """The bits of all elements as integers, summed: equal for equal values in any order of work.
+
+    Shape:
+        - tensor: (*)
+        - returns: ()
+    """
     value = tensor.detach()
     value = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
     bits = value.contiguous().view(_INTEGERS[value.element_size()])

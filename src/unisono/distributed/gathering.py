@@ -39,6 +39,10 @@ def gather(outputs: Any, mesh: DeviceMesh) -> Any:
     Raises:
         ValueError: If the ranks' outputs differ in more than the number of members; on all ranks.
         TypeError: If ``mesh`` is none.
+
+    Example:
+        >>> gather(part(x), mesh).shape  # doctest: +SKIP
+        torch.Size([8, 64, 10])
     """
     group = member_group("distributed.gather", mesh)
     if group is None:

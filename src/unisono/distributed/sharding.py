@@ -41,6 +41,11 @@ def shard(ens: Ensemble, mesh: DeviceMesh) -> Ensemble:
         EnsembleError: If the ranks have different ensembles, or this process has no others.
         ValueError: If the mesh doesn't fit, or there are fewer members than blocks.
         TypeError: If these are no ensemble and no mesh.
+
+    Example:
+        >>> part = shard(ens, make_mesh())  # doctest: +SKIP
+        >>> part.block.members, len(part)  # doctest: +SKIP
+        (range(3, 5), 2)
     """
     call = "distributed.shard"
     check_mesh(call, mesh)
@@ -91,6 +96,11 @@ def build(
         EnsembleError: If the ranks build different models, or this process has no others.
         ValueError: If the mesh doesn't fit, or there are fewer members than blocks.
         Exception: What ``make_model`` raises.
+
+    Example:
+        >>> part = build(lambda: nn.Linear(3, 2), 8, make_mesh())  # doctest: +SKIP
+        >>> len(part)  # doctest: +SKIP
+        4
     """
     call = "distributed.build"
     check_mesh(call, mesh)
