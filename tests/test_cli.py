@@ -19,7 +19,7 @@ TRAIN_OPTIONS = (
     " checkpoint-every resume json"
 )
 FILES = [
-    *("curves.png", "disagreement.png", "metrics.json"),
+    *("curves.png", "disagreement.png", "ensemble.safetensors", "metrics.json"),
     *("plan.json", "run.json", "test_outputs.safetensors"),
 ]
 QUICK = ["train", "--data", "digits", "--members", "2", "--epochs", "1", "--batch-size", "256"]
@@ -74,7 +74,7 @@ def test_train_json_is_alone_on_standard_output_and_equals_the_file(capsys, tmp_
 def test_train_gives_the_same_digits_twice(capsys, tmp_path):
     for name in ("a", "b"):
         assert run(capsys, *QUICK, "--out", name)[0] == 0
-    for name in ("metrics.json", "disagreement.png"):
+    for name in ("ensemble.safetensors", "metrics.json", "disagreement.png"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
@@ -108,6 +108,9 @@ def test_without_a_command_the_help_is_printed(capsys):
         ("bench", "members batch hidden rounds threads device json"),
         ("predict", "input output keep unseen model device"),
         ("report", "out open"),
+        ("inspect", "select json"),
+        ("merge", "model out shared select strip"),
+        ("split", "out format members"),
     ],
 )
 def test_help_names_every_option(capsys, monkeypatch, command, options):

@@ -1,4 +1,4 @@
-"""All tensors of a file, piece by piece: files larger than the memory are looked at, and checked."""
+"""All tensors of a file, piece by piece: looked at and checked, however large the file is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from unisono.checkpoint.reading import TensorFile
@@ -57,14 +58,13 @@ def pieces(tensor: Tensor, *, stacked: bool) -> Iterator[Tensor]:
         - piece: (N, c), or (1, c)
 
     Example:
-        >>> import torch
         >>> [tuple(piece.shape) for piece in pieces(torch.zeros(4, 2**18 + 1), stacked=True)]
         [(4, 262144), (4, 1)]
     """
     if tensor.numel() == 0:
         return
     rows = tensor.reshape(len(tensor) if stacked else 1, -1)
-    yield from rows.split(max(1, _ELEMENTS // len(rows)), dim=1)
+    yield from torch.split(rows, max(1, _ELEMENTS // len(rows)), dim=1)
 
 
 def _gone_on(before: Crcs, piece: Tensor) -> Crcs:

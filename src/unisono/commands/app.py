@@ -19,6 +19,7 @@ from unisono.commands.table_files import STANDARD, is_table
 from unisono.commands.tables import bench_table
 from unisono.commands.train import TrainReport, TrainRequest, run_train
 from unisono.commands.train_table import TableRequest, run_train_table
+from unisono.commands.weights import inspect, merge, split
 
 app = typer.Typer(
     name="unisono",
@@ -312,6 +313,10 @@ def bench(
         _print_json(report)
     else:
         _print_bench(report)
+
+
+for command in (inspect, merge, split):
+    app.command()(command)
 
 
 def _print_json(report: dict[str, Any]) -> None:

@@ -1,8 +1,10 @@
-"""What a run on images keeps for ``unisono report``, beside its scores and pictures."""
+"""What a run on images keeps for later commands, beside its scores and pictures."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
 import torch
@@ -10,7 +12,9 @@ import torch
 from unisono.commands.data import Split
 from unisono.commands.learning import Trained
 from unisono.commands.machine import package_versions
+from unisono.commands.outcome import CommandError
 from unisono.commands.run_folder import (
+    ENSEMBLE,
     PLAN,
     TEST_OUTPUTS,
     Description,
@@ -19,6 +23,7 @@ from unisono.commands.run_folder import (
     pack_outputs,
     to_json,
 )
+from unisono.ensemble import Ensemble
 
 _PLANNED: Final = 64  # images of the call that the plan is of
 
@@ -36,7 +41,7 @@ def image_run(
         contents: File name -> content of scores and pictures.
 
     Returns:
-        All files of the run, with the members' logits and the images of the test.
+        All files of the run, with the ensemble, the members' logits and the images of the test.
     """
     outputs = TestOutputs(
         outputs=trained.logits.float(),
@@ -53,7 +58,23 @@ def image_run(
         data=data,
         classes=tuple(range(split.classes)),
         model=model,
+        image_shape=split.image_shape,
         versions=package_versions("torch", "numpy"),
     )
-    more = {TEST_OUTPUTS: pack_outputs(outputs), PLAN: to_json(plan.to_dict())}
+    more = {
+        ENSEMBLE: _content(trained.ensemble),
+        TEST_OUTPUTS: pack_outputs(outputs),
+        PLAN: to_json(plan.to_dict()),
+    }
     return pack(description, {**contents, **more})
+
+
+def _content(ensemble: Ensemble) -> bytes:
+    """What `Ensemble.save` writes: all files of a run are put in place together, at the end."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / ENSEMBLE
+            ensemble.save(path)
+            return path.read_bytes()
+    except OSError as error:
+        raise CommandError(f"can't write {ENSEMBLE} for now: {error.strerror}") from error

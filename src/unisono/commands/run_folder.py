@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 RUN: Final = "run.json"
 METRICS: Final = "metrics.json"
 MODEL: Final = "model.safetensors"
+ENSEMBLE: Final = "ensemble.safetensors"
 PIPELINE: Final = "preprocessing.skops"
 PREPROCESSING: Final = "preprocessing.safetensors"
 TEST_OUTPUTS: Final = "test_outputs.safetensors"
@@ -54,6 +55,7 @@ class Description:
         columns: The columns that are features, in the order of the preprocessing.
         dropped: Column that is no feature -> why.
         model: Which module the members are, as on the command line.
+        image_shape: Channels, height and width; empty for tables.
         estimator: The plain values of the estimator, see `unisono.estimators.state`.
         versions: Package -> version that wrote the run.
     """
@@ -66,6 +68,7 @@ class Description:
     columns: tuple[Column, ...] = ()
     dropped: Mapping[str, str] = field(default_factory=dict)
     model: str = ""
+    image_shape: tuple[int, ...] = ()
     estimator: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -244,21 +247,47 @@ class RunFolder:
             raise self.damaged(RUN, f"it names no {name}")
         content = self._bytes(name)
         if _digest(content) != self._files[name]:
-            raise self.damaged(
-                name,
-                f"it isn't the file that {RUN} describes: cut off, changed or of another run "
-                f"({len(content):,} bytes)",
-            )
+            raise self._another(name, len(content))
         return content
+
+    def file(self, name: str) -> Path:
+        """Compare a file with what ``run.json`` says about it, and give its path.
+
+        For what is too large to be held as `content`.
+
+        Raises:
+            ArgumentError: If it is missing or another one.
+        """
+        if name not in self._files:
+            raise self.damaged(RUN, f"it names no {name}")
+        path = self.path / name
+        try:
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise self._unreadable(name, error) from error
+        if found != self._files[name]:
+            raise self._another(name, path.stat().st_size)
+        return path
 
     def _bytes(self, name: str) -> bytes:
         try:
             return (self.path / name).read_bytes()
         except OSError as error:
-            raise ArgumentError(
-                f"can't read {self.path / name}: {error.strerror}; train again, or take a whole "
-                "copy of the folder"
-            ) from error
+            raise self._unreadable(name, error) from error
+
+    def _unreadable(self, name: str, error: OSError) -> ArgumentError:
+        return ArgumentError(
+            f"can't read {self.path / name}: {error.strerror}; train again, or take a whole "
+            "copy of the folder"
+        )
+
+    def _another(self, name: str, size: int) -> ArgumentError:
+        return self.damaged(
+            name,
+            f"it isn't the file that {RUN} describes: cut off, changed or of another run "
+            f"({size:,} bytes)",
+        )
 
     def _json(self, name: str, content: bytes) -> dict[str, Any]:
         try:
@@ -289,6 +318,7 @@ def _description(values: Mapping[str, Any]) -> Description:
         columns=tuple(Column.from_json(column) for column in values["columns"]),
         dropped={str(name): str(why) for name, why in values["dropped"].items()},
         model=str(values["model"]),
+        image_shape=tuple(map(int, values.get("image_shape", ()))),  # none before 0.1.0's release
         estimator=dict(values["estimator"]),
         versions={str(name): str(version) for name, version in values["versions"].items()},
     )
