@@ -31,7 +31,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         Path of the new file, which is empty.
 
     Raises:
-        OSError: If the disk refuses, or ``path`` is a folder, a device or a pipe.
+        OSError: If the disk refuses, or ``path`` is a folder, a device or a pipe. The error names
+            ``path``, not the new file, which the caller doesn't know.
 
     Example:
         >>> import tempfile
@@ -53,6 +54,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield new
         _sync(new)  # a rename must not become durable before the content
         os.replace(new, target)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(new)):
+            raise  # about another file
+        raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
     finally:
         new.unlink(missing_ok=True)
         if lock is not None:

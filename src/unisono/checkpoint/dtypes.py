@@ -79,21 +79,29 @@ def from_stored(stored: Tensor, dtype: torch.dtype) -> Tensor:
         ValueError: If these aren't the bytes of such elements.
     """
     if stored.dtype == dtype:
-        return _aligned(stored, dtype)
+        return aligned(stored)
     if stored.dtype != torch.uint8 or stored.shape[-1:] != (dtype.itemsize,):
         raise ValueError(
             f"{dtype} is stored as bytes, {dtype.itemsize} along the last axis; found"
             f" {stored.dtype} of shape {tuple(stored.shape)}"
         )
-    return _aligned(stored, dtype).view(dtype).squeeze(-1)
+    return aligned(stored, dtype).view(dtype).squeeze(-1)
 
 
-def _aligned(stored: Tensor, dtype: torch.dtype) -> Tensor:
+def aligned(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The tensor where its elements may lie: kernels crash on complex numbers between addresses.
 
     Files of `unisono` are in order; another may begin a tensor at any byte.
+
+    Args:
+        tensor: On the CPU; its memory is used where that is possible.
+        dtype: Of its elements, if it is to be seen as another one.
     """
-    if stored.data_ptr() % dtype.itemsize == 0:
-        return stored
-    data = stored.reshape(-1).view(torch.uint8).clone()
-    return data.view(stored.dtype).reshape(stored.shape)
+    size = (dtype or tensor.dtype).itemsize
+    if tensor.layout is not torch.strided or tensor.data_ptr() % size == 0:
+        return tensor
+    storage = tensor.untyped_storage()
+    start = tensor.storage_offset() * tensor.element_size()
+    copied = torch.empty(storage.nbytes() - start, dtype=torch.uint8)
+    copied.untyped_storage().copy_(storage[start:])
+    return copied.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), 0)

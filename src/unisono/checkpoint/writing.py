@@ -64,23 +64,19 @@ def write(
     }
     count = max((len(tensors[name]) for name in stacked), default=0)
     checks = Checks(names, stacked, count)
-    target = os.fspath(path)
-    try:
-        with replacing(path) as new, open(new, "wb") as file:
-            header = _header(names, tensors, notes, checks)
-            if len(header) > MAX_HEADER:
-                raise ValueError(
-                    f"{target}: names and facts take {len(header):,} bytes, a file has room for"
-                    f" {MAX_HEADER:,}"
-                )
-            file.write(header)
-            for name in names:
-                _write_tensor(file, name, tensors[name], checks)
-            # The checksums have a fixed length, so the header is as long as before.
-            file.seek(0)
-            file.write(_header(names, tensors, notes, checks))
-    except OSError as error:  # in the words of the caller, who doesn't know the temporary file
-        raise type(error)(error.errno, error.strerror, target) from error
+    with replacing(path) as new, open(new, "wb") as file:
+        header = _header(names, tensors, notes, checks)
+        if len(header) > MAX_HEADER:
+            raise ValueError(
+                f"{os.fspath(path)}: names and facts take {len(header):,} bytes, a file has room"
+                f" for {MAX_HEADER:,}"
+            )
+        file.write(header)
+        for name in names:
+            _write_tensor(file, name, tensors[name], checks)
+        # The checksums have a fixed length, so the header is as long as before.
+        file.seek(0)
+        file.write(_header(names, tensors, notes, checks))
 
 
 class Checks:
