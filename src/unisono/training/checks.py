@@ -10,7 +10,6 @@ from typing import Any, Final
 
 import torch
 
-from unisono.ensemble import Ensemble
 from unisono.optim import MemberOptimizer
 
 _MIXED_PRECISION: Final = torch.bfloat16
@@ -73,8 +72,6 @@ def _check_kinds(
     ens: Any, loss: Any, optimizer: Any, metrics: Mapping[str, Any], schedulers: Sequence[Any]
 ) -> None:
     problems = []
-    if not isinstance(ens, Ensemble):
-        raise TypeError(f"fit: the first argument is an Ensemble; got {type(ens).__name__}")
     if not callable(loss):
         problems.append(f"loss is a function loss(output, target); got {loss!r}")
     problems += [

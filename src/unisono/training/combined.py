@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from unisono.engine.tree import tree_map
+from unisono.member_reduction import log_mean_exp, total
 
 Combine = Callable[[Any], Any]
 """Outputs of all members, (N, B, *) -> one prediction, (B, *)."""
@@ -40,27 +44,83 @@ def combination_for(loss: Callable[..., Any]) -> Combine:
     return mean_of_members
 
 
-def mean_of_members(outputs: Any) -> Any:
+class OverRanks(ABC):
+    """A combination that is made of sums, so that ranks send no outputs of single members."""
+
+    def __call__(self, outputs: Any) -> Any:
+        """The prediction of members that are all here."""
+        return self.of_parts(outputs, 0, None)
+
+    @abstractmethod
+    def of_parts(self, outputs: Any, num_members: int, group: ProcessGroup | None) -> Any:
+        """The prediction of members that are spread over ranks.
+
+        Args:
+            outputs: Of the members here, at least one.
+            num_members: N, of all.
+            group: The ranks; None for this process alone.
+
+        Shape:
+            - outputs: (n, B, *) for every tensor
+            - returns: (B, *)
+        """
+
+
+class MeanOfMembers(OverRanks):
     """The mean of each tensor over the members."""
-    return tree_map(lambda leaf: leaf.mean(0) if isinstance(leaf, Tensor) else leaf, outputs)
+
+    def of_parts(self, outputs: Any, num_members: int, group: ProcessGroup | None) -> Any:
+        """See `OverRanks.of_parts`."""
+
+        def mean(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            return leaf.mean(0) if group is None else total(leaf, group) / num_members
+
+        return tree_map(mean, outputs)
 
 
-def _log_mean_exp(log_values: Tensor) -> Tensor:
-    return torch.logsumexp(log_values, 0) - math.log(log_values.shape[0])
+mean_of_members: Final = MeanOfMembers()
 
 
-def _class_scores(logits: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class MeanProbability(OverRanks):
+    """The mean of the members' probabilities, from scores to scores.
+
+    Args:
+        score: The mean from log-probabilities of members, which ``log_mean`` takes the mean of.
+    """
+
+    score: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
+
+    def of_parts(self, outputs: Any, num_members: int, group: ProcessGroup | None) -> Any:
+        """See `OverRanks.of_parts`."""
+
+        def log_mean(log_values: Tensor) -> Tensor:
+            if group is None:
+                return log_mean_exp(log_values, None, None)
+            share = -math.log(num_members)
+            return log_mean_exp(log_values + share, log_values.new_zeros(()), group)
+
+        return self.score(outputs, log_mean)
+
+
+def _class_scores(logits: Tensor, log_mean: Callable[[Tensor], Tensor]) -> Tensor:
     """(N, B, C, *) -> (B, C, *); (N, C) -> (C)."""
-    return _log_mean_exp(torch.log_softmax(logits, min(2, logits.dim() - 1)))
+    return log_mean(torch.log_softmax(logits, min(2, logits.dim() - 1)))
 
 
-def _event_logits(logits: Tensor) -> Tensor:
+def _log_probabilities(values: Tensor, log_mean: Callable[[Tensor], Tensor]) -> Tensor:
+    return log_mean(values)
+
+
+def _event_logits(logits: Tensor, log_mean: Callable[[Tensor], Tensor]) -> Tensor:
     """The logit of the mean probability, without leaving the logarithms."""
-    return _log_mean_exp(F.logsigmoid(logits)) - _log_mean_exp(F.logsigmoid(-logits))
+    return log_mean(F.logsigmoid(logits)) - log_mean(F.logsigmoid(-logits))
 
 
 _COMBINATIONS: Final[tuple[tuple[tuple[Any, ...], Combine], ...]] = (
-    ((F.cross_entropy, nn.CrossEntropyLoss), _class_scores),
-    ((F.nll_loss, nn.NLLLoss), _log_mean_exp),
-    ((F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss), _event_logits),
+    ((F.cross_entropy, nn.CrossEntropyLoss), MeanProbability(_class_scores)),
+    ((F.nll_loss, nn.NLLLoss), MeanProbability(_log_probabilities)),
+    ((F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss), MeanProbability(_event_logits)),
 )

@@ -16,6 +16,9 @@ from unisono.training.batches import make_batches, make_validation_batches
 from unisono.training.checks import check_fit
 from unisono.training.combined import Combine, combination_for
 from unisono.training.history import History
+from unisono.training.joining import MeshChoice, joined
+from unisono.training.rank_checks import check_ranks, prepared
+from unisono.training.ranks import Ranks
 from unisono.training.resume import Checkpoint
 from unisono.training.sampling import Sampling, as_sampling
 from unisono.training.session import Callback, Schedule, ScheduleEvery, Scheduler, Session
@@ -51,6 +54,7 @@ def fit(
     callbacks: Sequence[Callback] = (),
     seed: int = 0,
     progress: bool = True,
+    mesh: MeshChoice = "auto",
 ) -> History:
     """Train all members at once, each exactly as it would train alone.
 
@@ -96,7 +100,13 @@ def fit(
         callbacks: Functions of an `EpochEnd`, called after each epoch; training ends after an
             epoch in which one returns True.
         seed: Of the order of the rows, and of all random numbers.
-        progress: Show a bar with the losses of the last epoch.
+        progress: Show a bar with the losses of the last epoch; the first rank does.
+        mesh: The processes that share the work. ``"auto"`` is all that `torchrun` has started with
+            this one: each trains a block of the members, and all have the whole ensemble, trained,
+            and the whole history at the end. None is this process alone, with all members. A mesh
+            of `distributed.make_mesh` says how long ranks wait for each other, and how many
+            replicas a block has. A block, as `distributed.build` makes it, stays on its rank, and
+            is trained on its own mesh.
 
     Returns:
         Losses, metrics and learning rates of each epoch and member.
@@ -110,7 +120,8 @@ def fit(
         TypeError: If one is of the wrong kind.
         FileExistsError: If ``checkpoint`` is there and ``resume`` isn't set.
         CheckpointError: If it is the checkpoint of another training.
-        EnsembleError: If a parameter that members share is no longer finite.
+        EnsembleError: If a parameter that members share is no longer finite; if ranks differ in
+            ensemble, data or settings, or one of them can't go on.
 
     Example:
         >>> import torch, unisono
@@ -133,57 +144,63 @@ def fit(
     Reference: Lakshminarayanan, Pritzel and Blundell, "Simple and Scalable Predictive Uncertainty
     Estimation using Deep Ensembles", 2017, https://arxiv.org/abs/1612.01474
     """
+    if not isinstance(ens, Ensemble):
+        raise TypeError(f"fit: the first argument is an Ensemble; got {type(ens).__name__}")
+    rows = batch_size if isinstance(train, DataLoader) else batch_size or _BATCH_SIZE
     schedulers = list(scheduler) if isinstance(scheduler, Sequence) else [scheduler]
     metrics = dict(metrics or {})
-    check_fit(
-        ens,
-        loss=loss,
-        optimizer=optimizer,
-        counts={
-            "epochs": epochs,
-            "accumulate": accumulate,
-            "checkpoint_every": checkpoint_every,
-        },
-        patience=patience,
-        min_delta=min_delta,
-        max_grad_norm=max_grad_norm,
-        autocast=autocast,
-        has_validation=validation is not None,
-        metrics=metrics,
-        schedulers=schedulers,
-        scheduler_every=scheduler_every,
-        checkpoint=checkpoint,
-        resume=resume,
-    )
-    kind = as_sampling(sampling)
-    device = next(ens.parameters()).device
-    rows = batch_size if isinstance(train, DataLoader) else batch_size or _BATCH_SIZE
-    batches = make_batches(
-        train, batch_size=rows, sampling=kind, seed=seed, num_members=len(ens), device=device
-    )
-    recipe = Recipe(loss, accumulate, max_grad_norm, autocast)
-    validator = None
-    if validation is not None:
-        # Without gradients four times the rows take no more memory, and fewer calls.
-        own = None if isinstance(validation, DataLoader) else 4 * (batch_size or _BATCH_SIZE)
-        passes = make_validation_batches(validation, batch_size=own, device=device)
-        validator = Validator(passes, recipe, metrics, combine or combination_for(loss))
-    session = Session(
-        ens,
-        optimizer,
-        batches,
-        validator,
-        recipe,
-        Schedule(epochs, seed, schedulers, scheduler_every, callbacks),
-        Stopping(len(ens), patience=patience, min_delta=min_delta),
-        held_out=batches.held_out(),
-    )
-    if checkpoint is not None:
+
+    def prepare(ranks: Ranks) -> Session:
+        check_fit(
+            ens,
+            loss=loss,
+            optimizer=optimizer,
+            counts={
+                "epochs": epochs,
+                "accumulate": accumulate,
+                "checkpoint_every": checkpoint_every,
+            },
+            patience=patience,
+            min_delta=min_delta,
+            max_grad_norm=max_grad_norm,
+            autocast=autocast,
+            has_validation=validation is not None,
+            metrics=metrics,
+            schedulers=schedulers,
+            scheduler_every=scheduler_every,
+            checkpoint=checkpoint,
+            resume=resume,
+        )
+        check_ranks(ranks, ens, train, patience=patience)
+        n, device = ranks.block.num_members, next(ens.parameters()).device
+        batches = make_batches(
+            train, batch_size=rows, sampling=sampling, seed=seed, num_members=n, device=device
+        )
+        recipe = Recipe(loss, accumulate, max_grad_norm, autocast)
+        validator = None
+        if validation is not None:
+            # Without gradients four times the rows take no more memory, and fewer calls.
+            own = None if isinstance(validation, DataLoader) else 4 * (batch_size or _BATCH_SIZE)
+            passes = make_validation_batches(validation, batch_size=own, device=device)
+            validator = Validator(passes, recipe, metrics, combine or combination_for(loss))
+        return Session(
+            ens,
+            optimizer,
+            batches,
+            validator,
+            recipe,
+            Schedule(epochs, seed, schedulers, scheduler_every, callbacks),
+            Stopping(n, patience=patience, min_delta=min_delta),
+            ranks,
+            held_out=batches.held_out(),
+        )
+
+    with joined(ens, mesh) as ranks:
         settings = {
-            "members": len(ens),
+            "members": ranks.block.num_members,
             "optimizer": type(optimizer).__name__,
             "batch_size": rows,
-            "sampling": repr(kind),
+            "sampling": repr(as_sampling(sampling)),
             "patience": patience,
             "min_delta": min_delta,
             "accumulate": accumulate,
@@ -194,8 +211,9 @@ def fit(
             "metrics": sorted(metrics),
             "validation": validation is not None,
         }
-        kept = Checkpoint(checkpoint, every=checkpoint_every, settings=settings)
-        if resume and kept.path.exists():
-            kept.load(session)
-        session.save = kept.save
-    return session.run(progress=progress)
+        session = prepared(ranks, prepare, settings, train=train, validation=validation)
+        if checkpoint is not None:
+            kept = Checkpoint(checkpoint, every=checkpoint_every, settings=settings)
+            ranks.together(lambda: kept.load(session) if resume and kept.path.exists() else None)
+            session.save = kept.save
+        return session.run(progress=progress)

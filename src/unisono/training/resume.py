@@ -20,10 +20,10 @@ from unisono.ensemble import Ensemble
 from unisono.errors import CheckpointError, EnsembleWarning
 from unisono.training.history import Array, EpochRecord, Validation
 from unisono.training.plain import from_plain, to_plain
-from unisono.training.running import shared_tensors
+from unisono.training.running import Running, shared_tensors
 from unisono.training.session import Session
 
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 _WHAT: Final = "a checkpoint of unisono.fit"
 
 
@@ -44,8 +44,8 @@ class Checkpoint:
         self.settings = dict(settings)
         self._has_warned = False
 
-    def save(self, session: Session) -> None:
-        """Write where the training stands, if it is time.
+    def save(self, session: Session, running: Running) -> None:
+        """Write where the training stands, if it is time; the first rank does it for all.
 
         Raises:
             OSError: If the disk refuses; the file of an earlier epoch is as it was.
@@ -54,6 +54,13 @@ class Checkpoint:
         is_last = done == session.schedule.epochs or not session.stopping.running
         if done % self.every and not is_last:
             return
+        running.gather(session.best)
+        known = session.ranks.gather(plans.to_dict())
+        session.ranks.together(
+            lambda: self._write(session, known) if session.ranks.is_first else None
+        )
+
+    def _write(self, session: Session, known: list[dict[str, Any]]) -> None:
         self._tell_what_is_left_out(session.ens)
         state = session.optimizer.state_dict()
         tensors = {
@@ -82,8 +89,9 @@ class Checkpoint:
             ],
             "reasons": list(stopping.reasons),
             "computed": session.computed,
+            "held": session.held,
             "metrics": list(session.validator.metrics) if session.validator else [],
-            "plans": plans.to_dict(),
+            "plans": known,
         }
         write(self.path, tensors, facts)
 
@@ -101,6 +109,7 @@ class Checkpoint:
             records = _records(tensors, facts["metrics"])
             schedulers = [from_plain(own) for own in facts["schedulers"]]
             reasons, computed = list(facts["reasons"]), list(facts["computed"])
+            held, known = [list(own) for own in facts["held"]], list(facts["plans"])
             best = {name: tensors[f"history.{name}"].numpy() for name in ("best", "best_epoch")}
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, CheckpointError):
@@ -113,11 +122,16 @@ class Checkpoint:
         for scheduler, own in zip(session.schedule.schedulers, schedulers, strict=True):
             scheduler.load_state_dict(own)
         session.records, session.computed = records, computed
+        ranks = session.ranks
+        is_same = len(known) == ranks.block.num_places and len(held) == ranks.block.num_blocks
+        session.held = held if is_same else ranks.blocks()
         session.stopping.reasons = reasons
         session.stopping.best, session.stopping.best_epoch = best["best"], best["best_epoch"]
         for k, generator in enumerate(session.batches.generators):
             generator.set_state(tensors[f"generator.{k}"])
-        plans.from_dict(facts["plans"], str(self.path))
+        # Where ranks have measured the same call, each goes on with its own plan of it.
+        for each in known[ranks.block.place :][:1] if is_same else known:
+            plans.from_dict(each, str(self.path))
 
     def _check(self, session: Session, tensors: Mapping[str, Tensor], facts: Any) -> None:
         if facts["format"] != _FORMAT:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -18,14 +19,16 @@ from unisono.errors import EnsembleError, EnsembleWarning
 from unisono.optim import MemberOptimizer
 from unisono.rows import copy_rows
 from unisono.training.batches import Batches
-from unisono.training.history import Array, EpochRecord, History, make_history
+from unisono.training.gradients import same_buffers
+from unisono.training.history import Array, EpochRecord, History, Validation, make_history
 from unisono.training.progress import Progress
+from unisono.training.ranks import Ranks
 from unisono.training.running import Running, shared_tensors
 from unisono.training.seeding import random_numbers_of
 from unisono.training.snapshot import Snapshot, finite_members
 from unisono.training.steps import Recipe, train_epoch
 from unisono.training.stopping import Stopping
-from unisono.training.validation import Validator
+from unisono.training.validation import Validator, validation_of
 
 ScheduleEvery = Literal["epoch", "step"]
 
@@ -49,7 +52,8 @@ class EpochEnd:
 
     Args:
         epoch: Its number, counted from 0.
-        ensemble: The whole ensemble, as the epoch left it. It may be changed.
+        ensemble: The whole ensemble, as the epoch left it; where members are spread over ranks and
+            `fit` was given a block of them, that block. It may be changed, on all ranks alike.
         optimizer: Its optimizer, whose param groups may be changed.
         history: All epochs so far.
         running: The members that go on.
@@ -89,6 +93,24 @@ class Schedule:
     callbacks: Sequence[Callback]
 
 
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What came of an epoch on one rank.
+
+    Args:
+        members: Those that trained there.
+        losses: Their mean losses; of replicas, each one's part of them.
+        finite: Whether losses and parameters are numbers.
+
+    Shape:
+        - losses, finite: (n) for n members
+    """
+
+    members: list[int]
+    losses: Array
+    finite: Array
+
+
 @dataclass
 class Session:
     """A training and where it stands.
@@ -101,11 +123,14 @@ class Session:
         recipe: How a step is done.
         schedule: How long, and what happens in between.
         stopping: Which members still train.
+        ranks: The ranks that train together.
         held_out: What the sampling keeps from each member.
         save: Called when an epoch is done.
         records: The epochs so far.
         computed: The members that the next epoch computes.
-        best: The best weights of each member, where they are to be put back.
+        best: The best weights of each member at home, where they are to be put back.
+        held: For each block of ranks the members whose rows are up to date there; empty for the
+            blocks as they are at first.
     """
 
     ens: Ensemble
@@ -115,36 +140,47 @@ class Session:
     recipe: Recipe
     schedule: Schedule
     stopping: Stopping
+    ranks: Ranks
     held_out: Sequence[Array] = ()
-    save: Callable[[Session], None] = lambda session: None
+    save: Callable[[Session, Running], None] = lambda session, running: None
     records: list[EpochRecord] = field(default_factory=list)
     computed: list[int] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
+    held: list[list[int]] = field(default_factory=list)
 
     def run(self, *, progress: bool) -> History:
         """Train until the last epoch, or until nobody is left; the best weights are put back."""
         done, epochs = len(self.records), self.schedule.epochs
-        running = Running(self.ens, self.optimizer)
+        running = Running(self.ens, self.optimizer, self.ranks, self.held or None)
+        self.held = running.held
         was_training = self.ens.training
         steps = self.batches.num_steps
-        with Progress(epochs, done, steps, len(self.ens), shown=progress) as bar:
+        shown = progress and self.ranks.is_first
+        with Progress(epochs, done, steps, self.num_members, shown=shown) as bar:
             try:
                 for epoch in range(done, epochs):
                     if not self.stopping.running:
                         break
                     self.computed = self._members_to_compute()
-                    running.leave(self.computed)
+                    running.leave(self.computed, self.best)
+                    self.held = running.held
                     record = self._epoch(epoch, running, bar)
                     bar.epoch(epoch, record, len(self.stopping.running))
-                    ends = [call(self._end_of(epoch)) for call in self.schedule.callbacks]
-                    self.save(self)
-                    if any(end is True for end in ends):
+                    is_last = self._call_back(epoch, running)
+                    self.save(self, running)
+                    if is_last:
                         break
             finally:
                 self.ens.train(was_training)
         if self.stopping.patience is not None:
             self._put_best_back([i for i, why in enumerate(self.stopping.reasons) if not why])
+        running.gather({})
         return self.history()
+
+    @property
+    def num_members(self) -> int:
+        """N, of all ranks."""
+        return self.ranks.block.num_members
 
     def history(self) -> History:
         """All epochs so far."""
@@ -162,7 +198,7 @@ class Session:
         what they would be without it, a frozen member is computed along, and put back after each
         epoch, as long as nobody else leaves and those that train are not the minority.
         """
-        now = self.computed or list(range(len(self.ens)))
+        now = self.computed or list(range(self.num_members))
         train = self.stopping.running
         frozen = [i for i in now if self.stopping.reasons[i] == "not finite"]
         if sorted([*train, *frozen]) == now and len(frozen) <= len(train):
@@ -171,32 +207,60 @@ class Session:
 
     def _epoch(self, epoch: int, running: Running, bar: Progress) -> EpochRecord:
         start = time.perf_counter()
-        rates = member_rates(self.optimizer, len(self.ens))
+        rates = self._rates()
         device = next(self.ens.parameters()).device
         running.pull()
         with random_numbers_of(self.schedule.seed, epoch, device):
             losses = self._train(epoch, running, bar)
             running.push()
-            validation = None if self.validator is None else self.validator.measure(running)
-        frozen = [i for i in running.members if self.stopping.reasons[i]]
+            validation = self._validate(running)
         if validation is not None:
-            for values in (validation.loss, *validation.metrics.values()):
-                values[frozen] = np.nan
             improved, stopping = self.stopping.update(epoch, validation.loss)
             if self.stopping.patience is not None:
                 self._keep_best(improved)
                 self._put_best_back(stopping)
         if self.schedule.every == "epoch":
             self._step_schedulers(None if validation is None else validation.loss)
-        everyone = np.full(len(self.ens), np.nan)
-        everyone[running.members] = losses
-        record = EpochRecord(everyone, rates, time.perf_counter() - start, validation)
+        record = EpochRecord(losses, rates, time.perf_counter() - start, validation)
         self.records.append(record)
         return record
+
+    def _rates(self) -> Array:
+        """The learning rate of each member, as the rank has it that holds the member."""
+        own = member_rates(self.optimizer, len(self.ens))
+        found = np.empty(self.num_members)
+        held = self.held[self.ranks.block.index]
+        mine = held, own[self.ranks.at_home(held)]
+        for members, rates in self.ranks.first_replicas(self.ranks.gather(mine)):
+            found[members] = rates
+        return found
 
     def _train(self, epoch: int, running: Running, bar: Progress) -> Array:
         """The losses of an epoch; members that left the numbers are as before it, and end."""
         before = Snapshot(running.ens, running.optimizer)
+        here = self.ranks.together(lambda: self._train_here(epoch, running, bar))
+        found = self.ranks.gather(here)
+        losses = np.full(self.num_members, np.nan)
+        finite = np.ones(self.num_members, bool)
+        for k, block in enumerate(self.ranks.first_replicas(found)):
+            replicas = found[k * self.ranks.block.num_replicas :][: self.ranks.block.num_replicas]
+            losses[block.members] = sum(each.losses for each in replicas)
+            finite[block.members] = np.all([each.finite for each in replicas], axis=0)
+        frozen = [i for i in self.computed if self.stopping.reasons[i]]
+        lost = [i for i in self.computed if not (finite[i] or i in frozen)]
+        if lost:
+            self.ranks.together(lambda: self._drop(epoch, running, before, lost, losses))
+        if again := [k for k, i in enumerate(running.members) if i in lost or i in frozen]:
+            before.restore(again)
+        losses[frozen] = np.nan
+        return losses
+
+    def _train_here(self, epoch: int, running: Running, bar: Progress) -> Trained:
+        """An epoch of this rank's share of the members."""
+        if running.is_idle:
+            if self.batches.generators:  # so that those of all ranks stand at the same place
+                deque(self.batches.epoch(epoch, self.computed[:1]), maxlen=0)
+            return Trained([], np.empty(0), np.empty(0, bool))
         running.ens.train()
         mean, finite = train_epoch(
             running,
@@ -205,22 +269,26 @@ class Session:
             after_step=lambda: self._after_step(running),
             after_batch=bar.step,
         )
+        same_buffers(running.ens, self.ranks.block)
         finite &= finite_members(running.ens)
-        losses: Array = mean.cpu().numpy()  # the epoch's only reads from the device
-        frozen = [i for i, m in enumerate(running.members) if self.stopping.reasons[m]]
-        lost = [i for i, is_fine in enumerate(finite.tolist()) if not (is_fine or i in frozen)]
-        if lost:
-            self._drop(epoch, running, before, lost, losses)
-        if lost or frozen:
-            before.restore([*lost, *frozen])
-        losses[frozen] = np.nan
-        return losses
+        # The epoch's only reads from the device.
+        return Trained(running.members, mean.cpu().numpy(), finite.cpu().numpy())
+
+    def _validate(self, running: Running) -> Validation | None:
+        validator = self.validator
+        if validator is None:
+            return None
+        here = self.ranks.together(lambda: validator.measure(running))
+        found = validation_of(self.ranks.first_replicas(self.ranks.gather(here)), self.num_members)
+        frozen = [i for i in self.computed if self.stopping.reasons[i]]
+        for values in (found.loss, *found.metrics.values()):
+            values[frozen] = np.nan
+        return found
 
     def _drop(
         self, epoch: int, running: Running, before: Snapshot, lost: list[int], losses: Array
     ) -> None:
-        members = [running.members[i] for i in lost]
-        names = ", ".join(f"member {running.members[i]} (loss {losses[i]:.3g})" for i in lost)
+        names = ", ".join(f"member {i} (loss {losses[i]:.3g})" for i in lost)
         trained = [n for n, t in shared_tensors(running.ens).items() if t.requires_grad]
         if trained:
             before.restore_all()
@@ -231,19 +299,18 @@ class Session:
                 f" unharmed; the ensemble is as before the epoch. Lower the learning rate, clip"
                 f" with max_grad_norm=, or leave these parameters out of shared="
             )
-        self.stopping.drop(members)
-        warnings.warn(
+        self.stopping.drop(lost)
+        text = (
             f"fit: in epoch {epoch} a loss or a parameter of {names} was not finite; it keeps the"
-            f" state from before that epoch and trains no more. The others go on",
-            EnsembleWarning,
-            stacklevel=caller_level(),
+            f" state from before that epoch and trains no more. The others go on"
         )
+        if self.ranks.is_first:
+            warnings.warn(text, EnsembleWarning, stacklevel=caller_level())
 
     def _after_step(self, running: Running) -> None:
         if self.schedule.every == "step":
             self._step_schedulers(None)
-            if not running.is_whole:
-                running.optimizer.take_hyperparameters(self.optimizer, running.members)
+            running.take_hyperparameters()
 
     def _step_schedulers(self, validation_loss: Array | None) -> None:
         for scheduler in self.schedule.schedulers:
@@ -257,16 +324,29 @@ class Session:
         now = self.ens.stacked_tensors()
         if not self.best:
             self.best = {name: tensor.detach().clone() for name, tensor in now.items()}
-        copy_rows(self.best, members, now, members)
+        here = self._held_here(members)
+        copy_rows(self.best, here, now, here)
 
     def _put_best_back(self, members: list[int]) -> None:
-        known = [i for i in members if self.stopping.best_epoch[i] >= 0]
-        if known:
-            copy_rows(self.ens.stacked_tensors(), known, self.best, known)
+        here = self._held_here([i for i in members if self.stopping.best_epoch[i] >= 0])
+        if here:
+            copy_rows(self.ens.stacked_tensors(), here, self.best, here)
 
-    def _end_of(self, epoch: int) -> EpochEnd:
-        running = tuple(self.stopping.running)
-        return EpochEnd(epoch, self.ens, self.optimizer, self.history(), running)
+    def _held_here(self, members: list[int]) -> list[int]:
+        """The places at home of those whose rows are up to date on this rank."""
+        held = self.held[self.ranks.block.index]
+        return self.ranks.at_home([i for i in members if i in held])
+
+    def _call_back(self, epoch: int, running: Running) -> bool:
+        """Call the callbacks on every rank; whether one ends the training, on any rank."""
+        if not self.schedule.callbacks:
+            return False
+        running.gather({})
+        end = EpochEnd(
+            epoch, self.ens, self.optimizer, self.history(), tuple(self.stopping.running)
+        )
+        ends = self.ranks.together(lambda: [call(end) for call in self.schedule.callbacks])
+        return any(self.ranks.gather(any(each is True for each in ends)))
 
 
 def member_rates(optimizer: torch.optim.Optimizer, num_members: int) -> Array:

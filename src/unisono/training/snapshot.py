@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from unisono.ensemble import Ensemble
 from unisono.rows import copy_rows
-from unisono.training.running import shared_tensors
+from unisono.training.running import shared_tensors, states_of
 
 
 class Snapshot:
@@ -25,14 +25,14 @@ class Snapshot:
         self._optimizer = optimizer
         self._tensors = _copies(ens.stacked_tensors())
         self._shared = _copies(shared_tensors(ens))
-        self._state = {key: state.clone() for key, state in _states(optimizer)}
+        self._state = {key: state.clone() for key, state in states_of(optimizer)}
         self._shared_parameters = {id(tensor) for tensor in shared_tensors(ens).values()}
 
     @torch.no_grad()
     def restore(self, members: Sequence[int]) -> None:
         """Put these members and their optimizer state back, in place; the others stay."""
         copy_rows(self._ens.stacked_tensors(), members, self._tensors, members)
-        for (parameter, key), state in _states(self._optimizer):
+        for (parameter, key), state in states_of(self._optimizer):
             if parameter in self._shared_parameters:
                 continue
             before = self._state.get((parameter, key))
@@ -51,7 +51,7 @@ class Snapshot:
         ):
             for name, tensor in now.items():
                 tensor.copy_(before[name])
-        for address, state in _states(self._optimizer):
+        for address, state in states_of(self._optimizer):
             before_state = self._state.get(address)
             state.zero_() if before_state is None else state.copy_(before_state)
 
@@ -73,10 +73,3 @@ def finite_members(ens: Ensemble) -> Tensor:
 
 def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
-def _states(optimizer: torch.optim.Optimizer) -> Iterator[tuple[tuple[int, str], Tensor]]:
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            if isinstance(value, Tensor):
-                yield (id(parameter), key), value

@@ -15,6 +15,7 @@ from unisono.engine.inputs import PerMember
 from unisono.engine.tree import leaves
 from unisono.ensemble import Ensemble
 from unisono.training.clipping import clip_grad_norm_
+from unisono.training.gradients import rows_of_replica
 from unisono.training.losses import member_losses
 from unisono.training.running import Running
 
@@ -42,7 +43,7 @@ class Recipe:
         return torch.autocast(device.type, dtype=self.autocast)
 
     def for_members(self, members: Sequence[int]) -> Recipe:
-        """The recipe for some of the members."""
+        """The recipe for some of the members, by their places at home."""
         norm = self.max_grad_norm
         if norm is None or isinstance(norm, float | int):
             return self
@@ -68,35 +69,41 @@ def train_epoch(
         after_batch: Called after each minibatch.
 
     Returns:
-        Each member's mean loss, and whether all its losses were numbers; neither was read from
-        the device.
+        Each member's mean loss, of replicas this one's part of it, and whether all its losses were
+        numbers; neither was read from the device.
 
     Shape:
         - both: (N) for N members that train
     """
-    ens, optimizer = running.ens, running.optimizer
-    recipe = recipe.for_members(running.members)
+    ens, optimizer, gradients = running.ens, running.optimizer, running.gradients
+    block = running.ranks.block
+    recipe = recipe.for_members(running.ranks.at_home(running.members))
     device = next(ens.parameters()).device
     total = torch.zeros(len(ens), dtype=sum_dtype(device), device=device)
     finite = torch.ones(len(ens), dtype=torch.bool, device=device)
     rows = 0
     optimizer.zero_grad()
-    for group in _groups(batches, recipe.accumulate):
-        for inputs, targets in map(pair, group):
-            with recipe.precision(device):
-                losses = member_losses(recipe.loss, call(ens, inputs), targets)
-            # The sum, so that each member gets the gradient of its own loss.
-            torch.autograd.backward(losses.sum() / len(group))
-            size = batch_size(targets)
-            total += losses.detach() * size
-            finite &= losses.detach().isfinite()
-            rows += size
-            after_batch()
-        if recipe.max_grad_norm is not None:
-            clip_grad_norm_(ens, recipe.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        after_step()
+    with nullcontext() if gradients is None else gradients.until_end():
+        for group in _groups(batches, recipe.accumulate):
+            for inputs, targets in map(pair, group):
+                size, weight = batch_size(targets), 1.0
+                rows += size
+                if block.num_replicas > 1:
+                    (inputs, targets), weight = rows_of_replica((inputs, targets), size, block)
+                with recipe.precision(device):
+                    losses = member_losses(recipe.loss, call(ens, inputs), targets)
+                # The sum, so that each member gets the gradient of its own loss.
+                torch.autograd.backward(losses.sum() * weight / len(group))
+                total += losses.detach() * (size * weight)
+                finite &= losses.detach().isfinite()
+                after_batch()
+            if gradients is not None:
+                gradients.sum()
+            if recipe.max_grad_norm is not None:
+                clip_grad_norm_(ens, recipe.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            after_step()
     return total / max(rows, 1), finite
 
 

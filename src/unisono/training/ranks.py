@@ -1,0 +1,123 @@
+"""The processes that train one ensemble together: where each stands, and how they hear of all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from unisono.block import Block, split_members
+from unisono.collectives import MEMBER
+from unisono.describe import list_facts
+from unisono.errors import EnsembleError
+
+T = TypeVar("T")
+
+
+class ElsewhereError(EnsembleError):
+    """Another rank can't go on; what is wrong there, `Ranks.together` tells."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that train one ensemble, seen from this one; a process alone is one rank.
+
+    Args:
+        block: The place of this rank among them.
+        home: The members that the ensemble of the caller has on this rank: all, or the block's.
+    """
+
+    block: Block
+    home: range
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no other rank."""
+        return self.block.mesh is None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank shows and writes what all have."""
+        return self.block.place == 0
+
+    @property
+    def have_all(self) -> bool:
+        """Whether every rank has all members at home, and trains only its share of them."""
+        return not self.is_alone and len(self.home) == self.block.num_members
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        """The ranks with the other blocks; None for a process alone."""
+        return None if self.block.mesh is None else self.block.mesh.get_group(MEMBER)
+
+    def blocks(self) -> list[list[int]]:
+        """The members of each block, as they are at first."""
+        return [list(own) for own in split_members(self.block.num_members, self.block.num_blocks)]
+
+    def at_home(self, members: Sequence[int]) -> list[int]:
+        """Where these members stand in the ensemble of the caller."""
+        return [i - self.home.start for i in members]
+
+    def gather(self, value: T) -> list[T]:
+        """What each rank has, in the order of their places.
+
+        Args:
+            value: Something small, which can be pickled.
+
+        Raises:
+            EnsembleError: If a rank doesn't answer.
+        """
+        if self.is_alone:
+            return [value]
+        found: list[Any] = [None] * dist.get_world_size()
+        try:
+            dist.all_gather_object(found, (self.block.place, value))
+        except RuntimeError as error:
+            raise EnsembleError(
+                f"fit: rank {dist.get_rank()} has no answer from the others"
+                f" ({str(error).partition(chr(10))[0]}): one of them has ended or hangs, or it was"
+                f" slower by more than the timeout, which"
+                f" mesh=unisono.distributed.make_mesh(timeout=...) sets"
+            ) from error
+        return [each for _, each in sorted(found, key=lambda pair: pair[0])]
+
+    def first_replicas(self, found: Sequence[T]) -> Sequence[T]:
+        """What `gather` gave, of one rank for each block."""
+        return found[:: self.block.num_replicas]
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do something on each rank; if one can't, all raise.
+
+        Raises:
+            EnsembleError: If only other ranks have an error; it names them.
+            Exception: This rank's own error.
+        """
+        if self.is_alone:
+            return work()
+        error: Exception | None = None
+        try:
+            found = work()
+        except Exception as own:
+            error = own
+        texts = self.gather(_told(error))
+        if error is not None and not isinstance(error, ElsewhereError):
+            raise error
+        broken = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None]
+        if broken or error is not None:
+            text = f"fit: not all ranks could go on:\n\n{list_facts(broken)}"
+            raise EnsembleError(text) from error
+        return found
+
+
+def alone(num_members: int) -> Ranks:
+    """This process with all members."""
+    return Ranks(Block(num_members, 0, num_members), range(num_members))
+
+
+def _told(error: Exception | None) -> str | None:
+    if error is None or isinstance(error, ElsewhereError):
+        return None
+    return f"{type(error).__name__}: {error}"
