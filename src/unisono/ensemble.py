@@ -223,9 +223,9 @@ class Ensemble(nn.Module):
         """
         model = _one(make_model, "Ensemble.load")
         chosen = check_members_to_load(members)
-        stored = ensemble_file.load(
-            path, model, members=chosen, device=None if device is None else torch.device(device)
-        )
+        place = None if device is None else torch.device(device)
+        with torch.inference_mode(False):  # or the tensors could never be trained
+            stored = ensemble_file.load(path, model, members=chosen, device=place)
         if stored.remarks:
             warnings.warn(
                 f"Ensemble.load: {os.fspath(path)} was saved from a model that differs in"
@@ -235,8 +235,8 @@ class Ensemble(nn.Module):
                 stacklevel=2,
             )
         ensemble = cls._of(model, stored.members, stored.shared, stored.count, stored.options)
-        place = next(iter(named_tensors(stored.members).values()), torch.empty(0)).device
-        ensemble.combination.make_room(stored.combination, "", place)
+        own = next(iter(named_tensors(stored.members).values()), torch.empty(0))
+        ensemble.combination.make_room(stored.combination, "", own.device)
         ensemble.combination.load_state_dict(stored.combination)
         return ensemble
 
@@ -293,7 +293,8 @@ class Ensemble(nn.Module):
         model = _one(make_model, "Ensemble.from_checkpoints")
         names = resolve_shared(model, shared)
         place = None if device is None else torch.device(device)
-        members = gather(model, paths, select=select, shared=names, device=place)
+        with torch.inference_mode(False):
+            members = gather(model, paths, select=select, shared=names, device=place)
         options = {"strategy": strategy, "randomness": randomness, "chunk_size": chunk_size}
         ensemble = cls._of(model, members, names, len(paths), options)
         ensemble.memory_limit = memory_limit
@@ -356,7 +357,7 @@ class Ensemble(nn.Module):
             >>> nn.Linear(3, 2).load_state_dict(torch.load(path))
             <All keys matched successfully>
         """
-        save_member(path, self._member(check_index(index, self._n), copy=False).state_dict())
+        save_member(path, self._member(check_index(index, self._n), copy=True))
 
     def forward(self, /, *args: Any, **kwargs: Any) -> Any:
         """Call every member: ``ens(x)[i] == ens[i](x)``.

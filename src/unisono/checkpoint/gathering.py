@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
+from pathlib import Path
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 
+from unisono.checkpoint.alike import Layout, fill
 from unisono.checkpoint.architecture import ties
-from unisono.checkpoint.member_file import Select, open_member
+from unisono.checkpoint.member_file import Select, layout_of, open_member
 from unisono.describe import contrast_tensors, list_facts
 from unisono.errors import CheckpointError
 from unisono.module_tree import named_tensors
 from unisono.stacking import MemberTree, empty_stack, mirror
 
+_THREADS: Final = 2  # files at once: one is read while the other is copied
 _PREFIXES: Final = ("module.", "model.", "_orig_mod.", "net.")
 
 
@@ -30,7 +34,7 @@ def gather(
 ) -> MemberTree:
     """Stack the states of N files: row i of each tensor is that in ``paths[i]``.
 
-    At no time is more in memory than the stacked tensors, the model, and one file.
+    At no time is more in memory than the stacked tensors, the model, and two files.
 
     Args:
         model: Says what is expected; buffers that no file keeps are taken from it.
@@ -45,25 +49,101 @@ def gather(
     """
     own = named_tensors(model)
     tree = mirror(model, lambda name, like: _room(like, len(paths), device, name in shared))
-    rooms = dict(_once(tree))
-    aliases = _aliases(model)
-    not_saved = _not_saved(model)
-    problems: list[str] = []
-    for i, path in enumerate(paths):
-        try:
-            with open_member(path, select) as state:
-                lines = list(_mismatches(state, own, aliases, not_saved))
-                if not lines:
-                    lines = list(_copy(state, rooms, aliases, own, i, shared))
-                problems += [f"{os.fspath(path)}: {line}" for line in lines]
-        except CheckpointError as error:
-            problems.append(str(error))
+    gathering = _Gathering(model, own, dict(_once(tree)), frozenset(shared), select)
+    problems = gathering.take(0, paths[0])
+    if len(paths) > 1 and not problems:
+        gathering.look_closer(Path(paths[0]))
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for found in threads.map(gathering.take, range(1, len(paths)), paths[1:]):
+            problems += found
     if problems:
         raise CheckpointError(
             f"Ensemble.from_checkpoints: {len(problems)} problems in {len(paths)} files:\n\n"
             f"{list_facts(problems)}"
         )
     return tree
+
+
+class _Gathering:
+    """Copies files to the rows of the stacked tensors, one at a time.
+
+    Args:
+        model: Says what is expected.
+        own: Its tensors by all their names.
+        rooms: The stacked tensors by their first names.
+        shared: Names of those that are kept once.
+        select: Picks the state dict out of what a file holds.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        own: Mapping[str, Tensor],
+        rooms: Mapping[str, Tensor],
+        shared: frozenset[str],
+        select: Select | None,
+    ) -> None:
+        self._own = own
+        self._rooms = rooms
+        self._shared = shared
+        self._select = select
+        self._aliases = _aliases(model)
+        self._not_saved = own.keys() - model.state_dict().keys()
+        self._layout: Layout | None = None
+        self._names: dict[str, str] = {}  # first name -> that in files of the layout
+
+    def take(self, member: int, path: str | os.PathLike[str]) -> list[str]:
+        """Copy a file to the member's rows; say what doesn't fit."""
+        if self._layout is not None and Path(path).is_file():
+            rooms = {name: self._rooms[first] for first, name in self._names.items()}
+            rows = {name: room.detach()[member] for name, room in rooms.items()}
+            if fill(self._layout, Path(path), rows):
+                return []
+        try:
+            with open_member(path, self._select) as state:
+                lines = list(_mismatches(state, self._own, self._aliases, self._not_saved))
+                if not lines:
+                    lines = list(self._copy(state, member))
+        except CheckpointError as error:
+            return [str(error)]
+        return [f"{os.fspath(path)}: {line}" for line in lines]
+
+    @torch.no_grad()
+    def look_closer(self, path: Path) -> None:
+        """Learn from a file that fits how to read those like it faster."""
+        if self._select is not None or self._shared:
+            return  # what is shared has to be compared
+        with open_member(path) as state:
+            layout = layout_of(path, state)
+            found = {
+                first: [name for name in names if name in state]
+                for first, names in self._aliases.items()
+            }
+        # Of tied tensors each file is to hold one, or they have to be compared.
+        if layout is None or any(len(names) > 1 for names in found.values()):
+            return
+        self._layout = layout
+        self._names = {first: names[0] for first, names in found.items() if names}
+        for first in self._rooms.keys() - self._names.keys():
+            self._rooms[first].detach().copy_(self._own[first].detach())
+
+    @torch.no_grad()
+    def _copy(self, state: Mapping[str, Tensor], member: int) -> Iterator[str]:
+        """Copy a state to the member's rows; tell of tied or shared tensors that aren't equal."""
+        for first, room in self._rooms.items():
+            found = [name for name in self._aliases[first] if name in state]
+            value = state[found[0]] if found else self._own[first].detach()
+            for name in found[1:]:
+                if contrast_tensors(state[name], value, values=True):
+                    yield f"`{name}` differs from `{found[0]}`, the model has one tensor for both"
+            if value.is_meta:
+                yield f"`{first}` isn't in a state dict, and make_model() makes it without values"
+            elif first not in self._shared:
+                room.detach()[member].copy_(value)
+            elif member == 0:
+                room.detach().copy_(value)
+            elif contrast_tensors(room.detach().cpu(), value, values=True):
+                yield f"`{first}` differs from that of the first file, and shared= keeps one"
 
 
 def _room(like: Tensor, n: int, device: torch.device | None, is_shared: bool) -> Tensor:
@@ -88,11 +168,6 @@ def _aliases(model: nn.Module) -> dict[str, list[str]]:
     return found
 
 
-def _not_saved(model: nn.Module) -> frozenset[str]:
-    """Names of the buffers that aren't part of a state dict."""
-    return frozenset(named_tensors(model).keys() - model.state_dict().keys())
-
-
 def _mismatches(
     state: Mapping[str, Tensor],
     own: Mapping[str, Tensor],
@@ -109,7 +184,8 @@ def _mismatches(
     prefix = _common_prefix(state, own)
     if prefix is not None:
         yield (
-            f"all names begin with {prefix!r}; take it off: select=lambda found:"
+            f"all names begin with {prefix!r} (unisono merge --strip {prefix}); take it off:"
+            f" select=lambda found:"
             f" {{name.removeprefix({prefix!r}): tensor for name, tensor in found.items()}}"
         )
         return
@@ -144,30 +220,3 @@ def _common_prefix(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> st
         ),
         None,
     )
-
-
-@torch.no_grad()
-def _copy(
-    state: Mapping[str, Tensor],
-    rooms: Mapping[str, Tensor],
-    aliases: Mapping[str, Sequence[str]],
-    own: Mapping[str, Tensor],
-    member: int,
-    shared: Collection[str],
-) -> Iterator[str]:
-    """Copy a state to the member's rows; tell of tied or shared tensors that aren't equal."""
-    for first, room in rooms.items():
-        found = [name for name in aliases[first] if name in state]
-        value = state[found[0]] if found else own[first].detach()
-        for name in found[1:]:
-            if contrast_tensors(state[name], value, values=True):
-                yield f"`{name}` differs from `{found[0]}`, the model has one tensor for both"
-        if value.is_meta:
-            yield f"`{first}` isn't in a state dict, and make_model() makes it without values"
-            continue
-        if first not in shared:
-            room.detach()[member].copy_(value)
-        elif member == 0:
-            room.detach().copy_(value)
-        elif contrast_tensors(room.detach().cpu(), value, values=True):
-            yield f"`{first}` differs from that of the first file, and shared= keeps one for all"

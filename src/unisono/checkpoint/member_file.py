@@ -6,21 +6,25 @@ which runs nothing; a folder in the layout of the Hugging Face Hub, in one piece
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
-import zipfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, TypeAlias
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import save
+from torch import Tensor, nn
 
-from unisono.checkpoint.dtypes import CODES
-from unisono.checkpoint.reading import TensorFile, open_file
+from unisono.checkpoint.alike import Layout, safetensors_layout, zip_layout
+from unisono.checkpoint.architecture import ties
+from unisono.checkpoint.archive import check_archive, is_archive
+from unisono.checkpoint.dtypes import CODES, aligned
+from unisono.checkpoint.reading import TensorFile, check_is_file, open_file
 from unisono.checkpoint.writing import MAX_HEADER
 from unisono.errors import CheckpointError
 from unisono.files import replacing
@@ -42,11 +46,11 @@ _IN_FOLDER: Final = (
 def open_member(
     path: str | os.PathLike[str], select: Select | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """Read the state dict of one model; safetensors are mapped, and read when looked at.
+    """Read the state dict of one model; its tensors are read when they are looked at.
 
     Args:
         path: The file or folder.
-        select: Picks the state dict out of what a pickled file holds.
+        select: Picks the state dict out of what a file holds.
 
     Yields:
         Tensors by name, on the CPU.
@@ -57,20 +61,52 @@ def open_member(
     """
     file = _file_of(Path(path))
     with ExitStack() as stack:
-        if file.name.endswith(".index.json"):
-            state: dict[str, Tensor] = {}
-            for shard, names in _shards(file).items():
-                found = _read(shard, stack, None)
-                missing = [name for name in names if name not in found]
-                if missing:
-                    raise CheckpointError(
-                        f"{shard} has no `{missing[0]}`, which {file.name} says is in it"
-                        + (f", and {len(missing) - 1} more" if missing[1:] else "")
-                    )
-                state |= {name: found[name] for name in names}
-            yield _state_dict(state, file, select)
-        else:
-            yield _state_dict(_read(file, stack, select), file, select)
+        is_index = file.name.endswith(".index.json")
+        found = _read_shards(file, stack) if is_index else _read(file, stack)
+        yield _state_dict(found, file, select)
+
+
+def layout_of(path: str | os.PathLike[str], state: Mapping[str, Tensor]) -> Layout | None:
+    """Where the tensors lie in a file, to read others that are alike; None for what has no layout.
+
+    Args:
+        path: The file.
+        state: What `open_member` gives of it, without ``select``.
+    """
+    file = Path(path)
+    if file.suffix == ".safetensors":
+        return safetensors_layout(file)
+    if file.suffix in _PICKLED and is_archive(file):
+        return zip_layout(file, state)
+    return None
+
+
+def _read_shards(index: Path, stack: ExitStack) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for shard, names in _shards(index).items():
+        found = _state_dict(_read(shard, stack), shard, None)
+        missing = [name for name in names if name not in found]
+        if missing:
+            raise CheckpointError(
+                f"{shard} has no `{missing[0]}`, which {index.name} says is in it"
+                + (f", and {len(missing) - 1} more" if missing[1:] else "")
+            )
+        state |= {name: found[name] for name in names}
+    return state
+
+
+def _read(file: Path, stack: ExitStack) -> Any:
+    """What the file holds: a state dict, or anything that ``select`` may pick one from."""
+    if file.suffix == ".safetensors":
+        opened = stack.enter_context(open_file(file, what=WHAT))
+        _refuse_ensemble(opened)
+        return {key: opened.map(key) for key in opened.entries}
+    if file.suffix not in _PICKLED:
+        raise CheckpointError(
+            f"{file} isn't {WHAT}: its name ends in {file.suffix!r}, known are .safetensors,"
+            f" {', '.join(_PICKLED)}"
+        )
+    return _unpickle(file)
 
 
 def _file_of(path: Path) -> Path:
@@ -84,20 +120,6 @@ def _file_of(path: Path) -> Path:
     )
 
 
-def _read(file: Path, stack: ExitStack, select: Select | None) -> Any:
-    """What the file holds: a state dict, or anything that ``select`` may pick one from."""
-    if file.suffix == ".safetensors":
-        opened = stack.enter_context(open_file(file, what=WHAT))
-        _refuse_ensemble(opened)
-        return {key: opened.map(key) for key in opened.entries}
-    if file.suffix in _PICKLED:
-        return _unpickle(file)
-    raise CheckpointError(
-        f"{file} isn't {WHAT}: its name ends in {file.suffix!r}, known are .safetensors,"
-        f" {', '.join(_PICKLED)}"
-    )
-
-
 def _refuse_ensemble(file: TensorFile) -> None:
     if isinstance(file.facts, dict) and file.facts.get("kind") == "ensemble":
         raise file.broken(
@@ -108,91 +130,114 @@ def _refuse_ensemble(file: TensorFile) -> None:
 
 def _unpickle(file: Path) -> Any:
     """What `torch.load` gives without running code of the file."""
-    with file.open("rb"):
-        pass  # tells of a missing file in Python's own words
+    check_is_file(file, WHAT)
     try:
-        _refuse_compressed(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, torch.OutOfMemoryError):
+        mapped = is_archive(file)  # a file in the older format can't be mapped
+        if mapped:
+            check_archive(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is then refused, such as TorchScript
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except torch.OutOfMemoryError:
         raise
     # The content comes from anywhere, and unpickling it raises whatever its bytes lead to.
     except Exception as error:
-        first = str(error).partition("\n")[0] or repr(error)
-        advice = (
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise  # of the disk; the other is of an offset before the beginning
+        raise CheckpointError(f"{file} isn't {WHAT}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a pickled file, in one line, and what to do about code in it."""
+    text = str(error)
+    # Around it `torch.load` advises to run the code after all.
+    _, found, reason = text.partition("WeightsUnpickler error: ")
+    first = (reason if found else text).strip().partition("\n")[0][:300] or repr(error)[:300]
+    if "GLOBAL" in first or "TorchScript" in first:
+        first += (
             "; if you trust it, save its state_dict() alone from where the model's class is known"
-            if "weights_only" in str(error) or "Unsupported" in str(error)
-            else ""
         )
-        raise CheckpointError(f"{file} isn't {WHAT}: {first}{advice}") from error
-
-
-def _refuse_compressed(file: Path) -> None:
-    """`torch.save` stores as it is; what is compressed may unpack to more than there is memory."""
-    if not zipfile.is_zipfile(file):
-        return
-    with zipfile.ZipFile(file) as archive:
-        size = file.stat().st_size
-        for info in archive.infolist():
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size > size:
-                raise ValueError(
-                    f"{info.filename!r} in it is compressed, {info.file_size:,} bytes unpacked;"
-                    f" torch.save stores plain bytes"
-                )
+    return first
 
 
 def _shards(index: Path) -> dict[Path, list[str]]:
     """The files that an index names, and the tensors in each; all in the folder of the index."""
+    check_is_file(index, "the index of a checkpoint")
     if index.stat().st_size > MAX_HEADER:
         raise CheckpointError(f"{index}: an index of {index.stat().st_size:,} bytes isn't read")
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         pairs = [(str(name), str(file)) for name, file in weight_map.items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index} isn't the index of a checkpoint: {error!r}") from error
+        told = f"{type(error).__name__}: {error}"[:300]
+        raise CheckpointError(f"{index} isn't the index of a checkpoint: {told}") from error
     shards: dict[Path, list[str]] = {}
     for name, file in pairs:
         # Only the name is looked at: in a cache of the Hub the file itself may be a link.
-        if PurePosixPath(file).name != file or "\\" in file or file in ("", ".", ".."):
+        is_name = PurePosixPath(file).name == file and file not in ("", "..")
+        if not is_name or "\\" in file or not file.isprintable():
             raise CheckpointError(
-                f"{index}: `{name}` is said to be in {file!r}, which is no file name; shards lie in"
-                f" the folder of their index"
+                f"{index}: `{name:.100}` is said to be in {file!r:.100}, which is no file name;"
+                f" shards lie in the folder of their index"
             )
         shards.setdefault(index.parent / file, []).append(name)
     return shards
 
 
 def _state_dict(found: Any, file: Path, select: Select | None) -> dict[str, Tensor]:
-    chosen = found if select is None else select(found)
+    try:
+        chosen = found if select is None else select(found)
+    except CheckpointError as error:  # it says itself what is wrong, and doesn't know the file
+        raise CheckpointError(f"{file}: {error}") from error
+    except Exception as error:
+        error.add_note(f"Ensemble.from_checkpoints: select= raised this for {file}")
+        raise
     if not isinstance(chosen, Mapping):
         raise CheckpointError(
             f"{file} isn't {WHAT}: it holds a {type(chosen).__name__}, not a state dict"
         )
+    # Not `chosen.items()`: a pickle may put something else in its place.
+    items = dict.items(chosen) if isinstance(chosen, dict) else chosen.items()
     # Modules may keep what is no tensor in a state dict, under a name that torch reserves.
-    state = {name: value for name, value in chosen.items() if not _is_extra(name)}
+    state = {name: value for name, value in items if not _is_extra(name)}
+    strange = [type(name).__name__ for name in state if not isinstance(name, str)]
+    if strange:
+        raise CheckpointError(f"{file} isn't {WHAT}: a {strange[0]} in it is no name of a tensor")
     other = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if other:
         inside = [name for name in other if isinstance(state[name], Mapping)]
         example = (inside or other)[0]
         raise CheckpointError(
-            f"{file} isn't {WHAT}: {example!r} in it is a {type(state[example]).__name__}, not a"
-            f" tensor; say where the state dict is: select=lambda found: found[{example!r}]"
+            f"{file} isn't {WHAT}: {example!r:.100} in it is no tensor"
+            f" ({type(state[example]).__name__}); say where the state dict is: select=lambda"
+            f" found: found[{example!r:.100}]"
         )
-    return {str(name): value.detach() for name, value in state.items()}
+    return {name: _plain(name, value, file) for name, value in state.items()}
+
+
+def _plain(name: str, value: Tensor, file: Path) -> Tensor:
+    """A tensor without anything that a pickle may have hung on it."""
+    # Kinds such as nested or distributed tensors have no one shape, or can't be copied from.
+    if type(value) not in (Tensor, nn.Parameter, nn.Buffer) or value.is_nested or value.is_meta:
+        kind = "nested tensor" if value.is_nested else type(value).__name__
+        kind = "tensor without values" if value.is_meta else kind
+        raise CheckpointError(f"{file} isn't {WHAT}: `{name}` is a {kind}, no plain tensor")
+    return aligned(Tensor.detach(value))
 
 
 def _is_extra(name: Any) -> bool:
     return isinstance(name, str) and name.rpartition(".")[2] == "_extra_state"
 
 
-def save_member(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
+def save_member(path: str | os.PathLike[str], member: nn.Module) -> None:
     """Write the state dict of one model, as a whole or not at all.
 
     Args:
         path: ``NAME.safetensors``, or ``.pt`` or ``.pth`` for `torch.save`.
-        state: Tensors by name.
+        member: The model, with tensors of its own: of a row, the whole storage would be written.
 
     Raises:
-        ValueError: If the name ends otherwise.
+        ValueError: If the name ends otherwise, or safetensors has no room for a value.
         OSError: If the disk refuses; a file that was there before is as it was.
     """
     suffix = Path(path).suffix
@@ -201,24 +246,23 @@ def save_member(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
             f"ens.save_member: a state dict is written to NAME.safetensors, .pt or .pth, got"
             f" {os.fspath(path)!r}"
         )
+    # In memory first: so an error of the disk comes as it is, and who may read the file stays.
     if suffix == ".safetensors":
-        _refuse_what_has_no_code(path, state)
-    # Copies, in order: the tensors of a member are rows of larger ones, and `torch.save` would
-    # write all of these. Tied tensors are stored under each name, as any reader expects them.
-    own = {
-        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        if isinstance(value, Tensor)
-        else value
-        for name, value in state.items()
-    }
+        data = _to_safetensors(path, member)
+    else:
+        buffer = io.BytesIO()
+        torch.save(member.state_dict(), buffer)
+        data = buffer.getvalue()
     with replacing(path) as new:
-        if suffix != ".safetensors":
-            torch.save(own, new)
-            return
-        try:
-            save_file(own, new, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"can't write {os.fspath(path)}: {error}") from error
+        new.write_bytes(data)
+
+
+def _to_safetensors(path: str | os.PathLike[str], member: nn.Module) -> bytes:
+    """As `safetensors.torch.save_model` writes it: tied tensors once."""
+    state, tied = member.state_dict(), ties(member)
+    _refuse_what_has_no_code(path, state)
+    own = {name: value.contiguous() for name, value in state.items() if name not in tied}
+    return save(own, metadata={"format": "pt", **tied})
 
 
 def _refuse_what_has_no_code(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
