@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final, Literal
 
 import torch
@@ -30,6 +30,8 @@ Rule = Callable[..., Operand | list[Operand | None] | None]
 A list is for an op with several outputs.
 """
 
+# Ops that runtimes know for other shapes than those of stacked tensors.
+_TAKEN_APART: Final = (torch.ops.aten._prelu_kernel.default,)
 _BATCH_NORM: Final = frozenset({"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"})
 FRONT: Final = "FuncTorchDynamicLayerFrontMode"
 """The dispatch key at which torch itself intercepts composite ops inside a transform."""
@@ -112,6 +114,36 @@ class Traced(tuple[int, int, Randomness]):
         if layer.key() != ft.TransformType.Vmap:
             return True
         return bool(ft.CVmapInterpreterPtr(layer).batchSize() != self[1])
+
+
+@contextmanager
+def outside_of_export() -> Iterator[None]:
+    """Inside of ``torch.export``: let it see nothing of what runs in a ``with`` block."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        yield
+
+
+def record(fn: Callable[..., Sequence[Any]], tensors: Sequence[Tensor]) -> torch.fx.GraphModule:
+    """The ops that ``fn(*tensors)`` comes to, on tensors of ``torch.export``, with its sizes.
+
+    To be called `outside_of_export`. The ops are those that reach the device, as in `capture`;
+    composite ones are taken apart by what torch has in Python for that, which knows sizes that
+    aren't fixed.
+    """
+    from torch._dispatch.python import enable_python_dispatcher
+    from torch._guards import detect_fake_mode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    fake = detect_fake_mode(list(tensors)) or nullcontext()  # for tensors that forward makes
+    table = torch.export.default_decompositions()
+    apart = {op: table[op] for op in _TAKEN_APART if op in table}
+    make = make_fx(fn, apart, _allow_non_fake_inputs=True, record_stack_traces=True)
+    with fake, enable_python_dispatcher(), torch.fx.traceback.preserve_node_meta():
+        traced = make(*tensors)
+    graph: torch.fx.GraphModule = traced
+    return graph
 
 
 def set_native_attention(on: bool) -> bool:

@@ -10,7 +10,8 @@ from types import FrameType
 import torch
 from torch import nn
 
-_LIBRARIES = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
+# "<string>": code that Python itself generates, as for named tuples
+_LIBRARIES = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent), "<string>")
 
 
 def locate(error: BaseException, member: nn.Module) -> str:

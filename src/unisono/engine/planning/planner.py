@@ -21,7 +21,7 @@ from unisono.engine.planning.explain import ops_of
 from unisono.engine.planning.measuring import measure_either_way, why_not_measured
 from unisono.engine.planning.plan import Plan, RunName, StrategyName
 from unisono.engine.planning.remembered import recall, remember
-from unisono.engine.planning.running import run, run_or_restore
+from unisono.engine.planning.running import kept, run, run_or_restore
 from unisono.engine.planning.signature import (
     Signature,
     as_text,
@@ -41,6 +41,7 @@ from unisono.engine.pool import Pool
 from unisono.engine.store import store
 from unisono.engine.template import Template
 from unisono.engine.traced.call import run_traced
+from unisono.engine.traced.exported import run_exported
 from unisono.engine.where import caller_level, locate
 from unisono.errors import EnsembleWarning, UnsupportedModelError
 
@@ -101,6 +102,10 @@ class Planner:
         """The outputs of ``call`` for all members; what ``forward`` assigned is stored."""
         if torch.compiler.is_compiling():
             chunk_size = None if options.chunk_size == "auto" else options.chunk_size
+            # The loop needs no rules, and torch.export can note its ops as they are.
+            exports = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+            if exports and options.strategy != "loop":
+                return run_exported(self.pool, call, options.strategy, chunk_size)
             return run_traced(self.pool, call, options.strategy, chunk_size)
         template = self.pool.take()
         try:
@@ -112,6 +117,19 @@ class Planner:
         finally:
             self.pool.give_back(template)
         return result.outputs
+
+    def run_once(self, call: Call, options: Options) -> Any:
+        """The outputs of a call of which nothing stays: no plan, and nothing that it writes."""
+        chunk_size = None if options.chunk_size == "auto" else options.chunk_size
+        name: RunName = "fused" if options.strategy == "auto" else options.strategy
+        plan = Plan(name, chunk_size, "run once")
+        template = self.pool.take()
+        try:
+            values = template.values()
+            with kept(template, values):
+                return run(plan, template, values, call).outputs
+        finally:
+            self.pool.give_back(template)
 
     def prepare(self, call: Call, options: Options) -> int | None:
         """How many members a call without gradients runs at once; None for all.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final
 
@@ -49,6 +50,16 @@ def run(
     return strategy(template, values, call)
 
 
+@contextmanager
+def kept(template: Template, values: Sequence[Any]) -> Iterator[None]:
+    """Put the buffers back at the end of a ``with`` block, to which a call writes in place."""
+    before = _buffers(template, values)
+    try:
+        yield
+    finally:
+        _put_back(before)
+
+
 def run_or_restore(
     plan: Plan,
     template: Template,
@@ -59,15 +70,24 @@ def run_or_restore(
     """The same; if it fails, also by ctrl-C, the buffers are as before."""
     if not template.has_buffers:
         return run(plan, template, values, call, detours)
-    before = [
+    before = _buffers(template, values)
+    try:
+        return run(plan, template, values, call, detours)
+    except BaseException:
+        _put_back(before)
+        raise
+
+
+def _buffers(template: Template, values: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
+    """The buffers, each with a copy."""
+    return [
         (value, value.clone())
         for slot, value in zip(template.slots, values, strict=True)
         if slot.kind == "buffer" and isinstance(value, Tensor)
     ]
-    try:
-        return run(plan, template, values, call, detours)
-    except BaseException:
-        with torch.no_grad():
-            for buffer, copy in before:
-                buffer.copy_(copy)
-        raise
+
+
+@torch.no_grad()
+def _put_back(before: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for buffer, copy in before:
+        buffer.copy_(copy)

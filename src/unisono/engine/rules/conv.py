@@ -123,7 +123,8 @@ def is_large(n: int, x: Tensor, weight: Tensor, stride: Sequence[int] = ()) -> b
     Measured on 2 AVX-512 cores: as groups up to twice as fast at 7 million operations per member,
     up to five times slower from 14 million on.
     """
-    if x.device.type != "cpu":
+    # In an export it would be an answer for some sizes of a batch, which may not be fixed.
+    if x.device.type != "cpu" or torch.compiler.is_exporting():
         return False
     spatial = weight.dim() - 3
     positions = x.numel() / (x.shape[-spatial - 1] * math.prod(stride))  # N * B * outputs, nearly

@@ -5,10 +5,11 @@ from __future__ import annotations
 from math import prod
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from unisono.engine.axis import Operand
-from unisono.engine.rules.layout import members_first
+from unisono.engine.rules.layout import for_each_member, members_first
 
 
 def linear(n: int, x: Operand, weight: Operand, bias: Operand | None = None) -> Operand | None:
@@ -26,6 +27,8 @@ def linear(n: int, x: Operand, weight: Operand, bias: Operand | None = None) -> 
     if weight[1] is None or weight[0].dim() != 3:
         return None
     w = members_first(weight)  # (N, out, in)
+    if x[1] is None and torch.compiler.is_exporting():
+        return _as_one(n, x[0], w, bias)
     # prod, because Size.numel() fixes the size of a batch inside torch.compile
     if x[1] == 0 and x[0].dim() == 3:  # the common case, without detours
         rows, batch_shape = x[0], None
@@ -44,3 +47,11 @@ def linear(n: int, x: Operand, weight: Operand, bias: Operand | None = None) -> 
     if batch_shape is None or len(batch_shape) == 1:
         return y, 0
     return y.view(n, *batch_shape, w.shape[1]), 0
+
+
+def _as_one(n: int, x: Tensor, weight: Tensor, bias: Operand | None) -> Operand:
+    """One product with all members' weights; other runtimes copy an ``x`` that is read N times."""
+    b = None if bias is None else for_each_member(bias, n).flatten()
+    y = F.linear(x, weight.flatten(0, 1), b)  # (*, N * out)
+    own = y.view(*y.shape[:-1], n, weight.shape[1]).movedim(-2, 0)
+    return own.contiguous(), 0  # forward may look at it with view

@@ -14,7 +14,13 @@ from typing import Any, Final
 import torch
 
 from unisono.engine.axis import Operand, Rule
-from unisono.engine.rules.layout import batch_lies_outside, folded, members_first, unfolded
+from unisono.engine.rules.layout import (
+    batch_lies_outside,
+    folded,
+    for_each_member,
+    members_first,
+    unfolded,
+)
 
 POOLING: Final = tuple(
     f"{kind}_pool{d}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for d in (1, 2, 3)
@@ -67,6 +73,9 @@ def cat(n: int, tensors: Sequence[Operand], dim: int = 0) -> Operand | None:
     """Join tensors along an axis where in memory the batch lies outermost."""
     stacked = [x for x in tensors if x[1] is not None]
     ranks = {value.dim() - (axis is not None) for value, axis in tensors}
+    if torch.compiler.is_exporting() and len(ranks) == 1 and min(ranks) > 0:
+        # Torch's own rule would fix the size of a batch.
+        return torch.cat([for_each_member(x, n) for x in tensors], dim + (dim >= 0)), 0
     if not stacked or len(ranks) > 1 or not all(batch_lies_outside(x) for x in stacked):
         return None
     rank = ranks.pop()
