@@ -51,6 +51,10 @@ class CheckpointError(EnsembleError, ValueError):
     """A stored or given state doesn't fit the ensemble."""
 
 
+class ExportError(EnsembleError, RuntimeError):
+    """An ensemble can't be exported as asked for, or what was exported computes something else."""
+
+
 class MissingExtraError(EnsembleError, ImportError):
     """An optional dependency isn't installed; the message names the extra to install."""
 
