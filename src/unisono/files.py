@@ -59,7 +59,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise  # about another file
         raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
     finally:
-        new.unlink(missing_ok=True)
+        with suppress(OSError):  # renamed it is gone; else an error is on its way already
+            new.unlink()
         if lock is not None:
             os.close(lock)
     _sync(target.parent)

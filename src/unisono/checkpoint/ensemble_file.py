@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from unisono.checkpoint.architecture import Outline, contradictions, outline, remarks, ties
 from unisono.checkpoint.reading import Entry, TensorFile, open_file
-from unisono.checkpoint.writing import write
+from unisono.checkpoint.writing import MAX_HEADER, write
 from unisono.combination import NAMES, problems_of
 from unisono.describe import list_facts
 from unisono.errors import CheckpointError
@@ -30,6 +30,7 @@ COMBINATION: Final = "combination."
 OPTIONS: Final = frozenset(("strategy", "randomness", "chunk_size"))
 _KIND: Final = "ensemble"
 _VERSION: Final = 1
+_MOST: Final = MAX_HEADER // 8  # members whose checksums a header has room for
 
 
 @dataclass(frozen=True)
@@ -249,8 +250,8 @@ def _facts(file: TensorFile) -> Facts:
         },
         versions=_text_map(_typed(found, "versions", dict)),
     )
-    if facts.members < 1:
-        raise ValueError(f"an ensemble has at least one member, found {facts.members}")
+    if not 1 <= facts.members <= _MOST:
+        raise ValueError(f"an ensemble has 1 to {_MOST:,} members, found {facts.members:,}")
     stored = {key for key in file.entries if key.startswith(MEMBERS)}
     shared = {MEMBERS + name for name in facts.shared if name not in facts.ties}
     if stored - shared != file.stacked or not shared <= stored:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -280,11 +281,24 @@ def len_of(entry: Entry) -> int:
     return entry.shape[0] if entry.shape else 1
 
 
+def check_is_file(path: Path, what: str) -> None:
+    """Raise unless a plain file is there: a pipe may never open, and a device never end.
+
+    Raises:
+        OSError: If nothing is there.
+        CheckpointError: If it is anything else.
+    """
+    mode = path.stat().st_mode  # tells of a missing file in Python's own words
+    if stat.S_ISDIR(mode):
+        raise CheckpointError(f"{path} isn't {what}: it is a folder; name a file in it")
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path} isn't {what}: it is a pipe or a device, not a file")
+
+
 def _check_header_length(path: Path, what: str) -> None:
     """Raise before anything of a file with too long a header is read."""
-    if path.is_dir():
-        raise CheckpointError(f"{path} isn't {what}: it is a folder; name a file in it")
-    with path.open("rb") as file:  # tells of a missing file in Python's own words
+    check_is_file(path, what)
+    with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
     size = path.stat().st_size
     if length > size:
