@@ -45,7 +45,6 @@ from unisono.commands import run_folder, table_estimator
 from unisono.commands.features import encode
 from unisono.commands.machine import describe_machine
 from unisono.commands.table_files import open_rows
-from unisono.estimators import EnsembleClassifier
 from unisono.estimators.predicting import rows_at_once
 from unisono.estimators.stored import StoredMembers
 from unisono.uncertainty import Uncertainty, classification
@@ -204,6 +203,8 @@ def bagged_mlps(folder: Path) -> Any:
     """As many networks as the run has, with the same layers."""
     from sklearn.ensemble import BaggingClassifier
     from sklearn.neural_network import MLPClassifier
+
+    from unisono.estimators import EnsembleClassifier
 
     members = run_folder.RunFolder(folder / "run").metrics()["members"]
     network = MLPClassifier(EnsembleClassifier().hidden_layer_sizes, max_iter=2, random_state=0)
