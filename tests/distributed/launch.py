@@ -37,3 +37,16 @@ def run_ranks(
     )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-8000:]}"
     return [json.loads((folder / str(rank)).read_text()) for rank in range(ranks)]
+
+
+def run_checks(module: str, data: int, ranks: int, tmp_path_factory: Any) -> list[dict[str, str]]:
+    """Run the ``CHECKS`` of a module on a mesh with so many replicas; errors of each rank by name."""
+    folder: Path = tmp_path_factory.mktemp(module)
+    return run_ranks("worker", module, str(data), ranks=ranks, folder=folder)
+
+
+def assert_passed(results: list[dict[str, str]], name: str) -> None:
+    """Fail with what a check of this name raised on a rank."""
+    for rank, found in enumerate(results):
+        text = found.get(name, "not run: a check before it failed")
+        assert not text, f"rank {rank}:\n{text}"

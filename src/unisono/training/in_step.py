@@ -48,7 +48,7 @@ class InStep:
         """
         found = self._all([*_STEP, *map(int, marks)])
         if found[1]:
-            raise ElsewhereError("another rank has fewer minibatches")
+            raise ElsewhereError("it has more minibatches in an epoch than another rank")
         return found[_KINDS:]
 
     @contextmanager
@@ -66,12 +66,12 @@ class InStep:
             self._all([*_FAILURE, *self._no_marks])
             raise
         if self._all([*_END, *self._no_marks])[0]:
-            raise ElsewhereError("another rank has more minibatches")
+            raise ElsewhereError("it has fewer minibatches in an epoch than another rank")
 
     def _all(self, own: Sequence[int]) -> list[bool]:
         flags = torch.tensor(own, device=self._device)
         dist.all_reduce(flags, dist.ReduceOp.MAX, self._group)
         found = [bool(flag) for flag in flags.tolist()]
         if found[2] and not own[2]:
-            raise ElsewhereError("another rank failed")
+            raise ElsewhereError
         return found

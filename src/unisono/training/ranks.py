@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class ElsewhereError(EnsembleError):
-    """Another rank can't go on; what is wrong there, `Ranks.together` tells."""
+    """This rank can't go on because of another; without a text, that one tells what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,6 @@ def alone(num_members: int) -> Ranks:
 
 
 def _told(error: Exception | None) -> str | None:
-    if error is None or isinstance(error, ElsewhereError):
-        return None
-    return f"{type(error).__name__}: {error}"
+    if isinstance(error, ElsewhereError):
+        return str(error) or None
+    return None if error is None else f"{type(error).__name__}: {error}"

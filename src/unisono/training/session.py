@@ -101,6 +101,7 @@ class Trained:
         members: Those that trained there.
         losses: Their mean losses; of replicas, each one's part of them.
         finite: Whether losses and parameters are numbers.
+        rows: How many rows each has seen; None if nobody trained.
 
     Shape:
         - losses, finite: (n) for n members
@@ -109,6 +110,7 @@ class Trained:
     members: list[int]
     losses: Array
     finite: Array
+    rows: int | None
 
 
 @dataclass
@@ -240,6 +242,7 @@ class Session:
         before = Snapshot(running.ens, running.optimizer)
         here = self.ranks.together(lambda: self._train_here(epoch, running, bar))
         found = self.ranks.gather(here)
+        _check_rows(epoch, [each.rows for each in found])
         losses = np.full(self.num_members, np.nan)
         finite = np.ones(self.num_members, bool)
         for k, block in enumerate(self.ranks.first_replicas(found)):
@@ -260,9 +263,9 @@ class Session:
         if running.is_idle:
             if self.batches.generators:  # so that those of all ranks stand at the same place
                 deque(self.batches.epoch(epoch, self.computed[:1]), maxlen=0)
-            return Trained([], np.empty(0), np.empty(0, bool))
+            return Trained([], np.empty(0), np.empty(0, bool), None)
         running.ens.train()
-        mean, finite = train_epoch(
+        mean, finite, rows = train_epoch(
             running,
             self.batches.epoch(epoch, running.members),
             self.recipe,
@@ -272,7 +275,7 @@ class Session:
         same_buffers(running.ens, self.ranks.block)
         finite &= finite_members(running.ens)
         # The epoch's only reads from the device.
-        return Trained(running.members, mean.cpu().numpy(), finite.cpu().numpy())
+        return Trained(running.members, mean.cpu().numpy(), finite.cpu().numpy(), rows)
 
     def _validate(self, running: Running) -> Validation | None:
         validator = self.validator
@@ -358,3 +361,13 @@ def member_rates(optimizer: torch.optim.Optimizer, num_members: int) -> Array:
     groups: Sequence[Mapping[str, Any]] = optimizer.param_groups
     own = [float(group["lr"]) for group in groups if group["member"] is not None]
     return np.array(own[:num_members] if own else [float(groups[0]["lr"])] * num_members)
+
+
+def _check_rows(epoch: int, rows: Sequence[int | None]) -> None:
+    """Raise, on all ranks alike, if their loaders gave different numbers of rows."""
+    if len({count for count in rows if count is not None}) > 1:
+        raise EnsembleError(
+            f"fit: members on all ranks see the same data, but in epoch {epoch} the ranks saw"
+            f" {', '.join(map(str, rows))} rows; let the loader give every rank all rows, or pass"
+            f" mesh=None to train an ensemble of its own on each"
+        )

@@ -58,7 +58,7 @@ def train_epoch(
     *,
     after_step: Callable[[], None],
     after_batch: Callable[[], None],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, int]:
     """Take every minibatch of an epoch; the gradients of ``accumulate`` of them make a step.
 
     Args:
@@ -70,10 +70,10 @@ def train_epoch(
 
     Returns:
         Each member's mean loss, of replicas this one's part of it, and whether all its losses were
-        numbers; neither was read from the device.
+        numbers, neither of them read from the device; and the rows that a member saw.
 
     Shape:
-        - both: (N) for N members that train
+        - losses, numbers: (N) for N members that train
     """
     ens, optimizer, gradients = running.ens, running.optimizer, running.gradients
     block = running.ranks.block
@@ -104,7 +104,7 @@ def train_epoch(
             optimizer.step()
             optimizer.zero_grad()
             after_step()
-    return total / max(rows, 1), finite
+    return total / max(rows, 1), finite, rows
 
 
 def pair(batch: Any, caller: str = "fit") -> tuple[Any, Any]:
