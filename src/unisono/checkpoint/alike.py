@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import sys
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,10 +21,11 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import Tensor
 
+from unisono.checkpoint.archive import open_archive, start_of
+
 _PICKLE: Final = "data.pkl"
 _ORDER: Final = "byteorder"
 _STORAGES: Final = "data/"
-_LOCAL_HEADER: Final = struct.Struct("<26x2H")  # of a record: lengths of its name and extra field
 # What looking at a damaged zip file may raise. The usual way then says what is wrong with it.
 _NO_ZIP: Final = (
     *(zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, RuntimeError),
@@ -71,14 +73,14 @@ class ZipLayout:
     def find(self, file: BufferedReader) -> Mapping[str, int] | None:
         """Where the tensors of a file begin; None if it isn't alike."""
         try:
-            archive = zipfile.ZipFile(file)
+            archive = open_archive(file)
             records = _records(archive)
             sizes = {key: r.file_size for key, r in records.items() if key.startswith(_STORAGES)}
             if sizes != self.sizes:
                 return None
             if any(archive.read(records[key]) != content for key, content in self.same.items()):
                 return None
-            starts = {key: _start(file, records[key]) for key in self.sizes}
+            starts = {key: start_of(file, records[key]) for key in self.sizes}
         except _NO_ZIP:
             return None
         return {name: starts[key] + offset for name, (key, offset) in self.places.items()}
@@ -139,12 +141,17 @@ def zip_layout(path: Path, state: Any) -> ZipLayout | None:
     if not isinstance(state, Mapping) or not all(_is_piece(tensor) for tensor in state.values()):
         return None
     with path.open("rb") as file:
-        archive = zipfile.ZipFile(file)
-        records = _records(archive)
-        starts = {k: _start(file, r) for k, r in records.items() if k.startswith(_STORAGES)}
-        same: dict[str, bytes] = {
-            key: archive.read(records[key]) for key in (_PICKLE, _ORDER) if key in records
-        }
+        try:
+            archive = open_archive(file)
+            records = _records(archive)
+            starts = {k: start_of(file, r) for k, r in records.items() if k.startswith(_STORAGES)}
+            same: dict[str, bytes] = {
+                key: archive.read(records[key]) for key in (_PICKLE, _ORDER) if key in records
+            }
+        except _NO_ZIP:  # torch itself compares no checksums
+            return None
+    if same.get(_ORDER, b"little").decode() != sys.byteorder:
+        return None  # its values have to be turned round
     # All storages are pieces of one map of the file: they lie there as they lie in the file.
     storages = sorted({tensor.untyped_storage().data_ptr() for tensor in state.values()})
     keys = sorted(starts, key=lambda key: starts[key])
@@ -179,13 +186,6 @@ def _records(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     if any(info.compress_type != zipfile.ZIP_STORED for info in found.values()):
         raise ValueError("torch.save compresses nothing")
     return found
-
-
-def _start(file: BufferedReader, record: zipfile.ZipInfo) -> int:
-    """Where the content of a record begins in the file."""
-    file.seek(record.header_offset)
-    name, extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
-    return int(record.header_offset + _LOCAL_HEADER.size + name + extra)
 
 
 def _read_into(row: Tensor, file: BufferedReader, start: int) -> bool:

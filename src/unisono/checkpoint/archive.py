@@ -9,16 +9,21 @@ Reference: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT, 4.3.14 t
 
 from __future__ import annotations
 
+import io
 import struct
 import zipfile
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
+
+from torch import Tensor
 
 _BEGIN: Final = b"PK\3\4"
 _SIGN: Final = b"PK\5\6"
 _SIGN_64: Final = b"PK\6\6"
 _SIGN_OF_LOCATOR: Final = b"PK\6\7"
+_HEADER: Final = struct.Struct("<26x2H")  # of a record: lengths of its name and extra field
 _END: Final = struct.Struct("<4s4H2LH")  # sign, disks, counts, size and offset of the directory
 _END_64: Final = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR: Final = struct.Struct("<4sLQL")  # sign, disk, where the end of 64 bits is, disks
@@ -30,24 +35,22 @@ def is_archive(path: Path) -> bool:
         return file.read(len(_BEGIN)) == _BEGIN
 
 
-def check_archive(path: Path) -> None:
-    """Raise unless a zip file is built as `torch.save` does it.
+def open_archive(file: BinaryIO) -> zipfile.ZipFile:
+    """A zip file, after it has been found to be built as `torch.save` does it.
 
     Args:
-        path: A zip file.
+        file: Open for reading, and to be closed by the caller.
 
     Raises:
         OSError: If it can't be read.
         ValueError: If it is built in another way, or records are compressed.
         zipfile.BadZipFile: If it is damaged.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        file.seek(max(0, size - _END.size - _LOCATOR.size - _END_64.size))
-        _check_end(file.read(), size)
-        file.seek(0)
-        with zipfile.ZipFile(file) as archive:
-            records = archive.infolist()
+    size = file.seek(0, io.SEEK_END)
+    file.seek(max(0, size - _END.size - _LOCATOR.size - _END_64.size))
+    _check_end(file.read(), size)
+    archive = zipfile.ZipFile(file)
+    records = archive.infolist()
     for record in records:
         if record.compress_type != zipfile.ZIP_STORED or record.file_size > size:
             raise ValueError(
@@ -61,6 +64,50 @@ def check_archive(path: Path) -> None:
     name, count = max(counts.items(), key=lambda item: item[1], default=("", 0))
     if count > 1:
         raise ValueError(f"{name!r:.100} is in it {count} times")
+    return archive
+
+
+def start_of(file: BinaryIO, record: zipfile.ZipInfo) -> int:
+    """Where the content of a record begins in the file.
+
+    Raises:
+        ValueError: If no record is where the directory says.
+    """
+    if record.header_offset < 0:
+        raise ValueError(f"{record.filename!r:.100} in it begins before the file")
+    file.seek(record.header_offset)
+    header = file.read(_HEADER.size)
+    if len(header) < _HEADER.size or not header.startswith(_BEGIN):
+        raise ValueError(f"{record.filename!r:.100} in it is not where its directory says")
+    name, extra = _HEADER.unpack(header)
+    return int(record.header_offset + _HEADER.size + name + extra)
+
+
+def check_storages(path: Path, tensors: Iterable[Tensor]) -> None:
+    """Raise unless the memory of tensors is whole records of a file.
+
+    `torch.load` takes the size of what it maps from the pickle, and where that says too much, it
+    gives what lies behind.
+
+    Args:
+        path: A zip file.
+        tensors: What ``torch.load(path, mmap=True)`` gave, dense ones on the CPU.
+
+    Raises:
+        ValueError: If they lie elsewhere.
+    """
+    with path.open("rb") as file:
+        records = open_archive(file).infolist()
+        sizes = {start_of(file, record): record.file_size for record in records}
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    found = {s.data_ptr(): s.nbytes() for s in storages if s.nbytes()}
+    lowest = min(found, default=0)
+    # Where the map of the file begins isn't told: it is where all of them are whole records.
+    if found and not any(
+        all(sizes.get(start + place - lowest) == nbytes for place, nbytes in found.items())
+        for start in sizes
+    ):
+        raise ValueError("a tensor in it is larger or smaller than the record that is to hold it")
 
 
 def _check_end(tail: bytes, size: int) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from unisono.checkpoint.alike import Layout, safetensors_layout, zip_layout
 from unisono.checkpoint.architecture import ties
-from unisono.checkpoint.archive import check_archive, is_archive
+from unisono.checkpoint.archive import check_storages, is_archive, open_archive
 from unisono.checkpoint.dtypes import CODES, aligned
 from unisono.checkpoint.reading import TensorFile, check_is_file, open_file
 from unisono.checkpoint.writing import MAX_HEADER
@@ -134,10 +134,14 @@ def _unpickle(file: Path) -> Any:
     try:
         mapped = is_archive(file)  # a file in the older format can't be mapped
         if mapped:
-            check_archive(file)
+            with file.open("rb") as opened:
+                open_archive(opened)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is then refused, such as TorchScript
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        if mapped:
+            check_storages(file, _dense(found))
+        return found
     except torch.OutOfMemoryError:
         raise
     # The content comes from anywhere, and unpickling it raises whatever its bytes lead to.
@@ -147,12 +151,30 @@ def _unpickle(file: Path) -> Any:
         raise CheckpointError(f"{file} isn't {WHAT}: {_reason(error)}") from error
 
 
+def _dense(found: Any) -> Iterator[Tensor]:
+    """The dense tensors in containers in containers, which may hold themselves."""
+    waiting, seen = [found], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            if _is_plain(value) and value.layout is torch.strided:
+                yield value
+        elif id(value) not in seen:
+            seen.add(id(value))
+            if isinstance(value, dict):
+                waiting += dict.values(value)
+            elif isinstance(value, (list, tuple)):
+                waiting += value
+
+
 def _reason(error: Exception) -> str:
     """What is wrong with a pickled file, in one line, and what to do about code in it."""
     text = str(error)
     # Around it `torch.load` advises to run the code after all.
-    _, found, reason = text.partition("WeightsUnpickler error: ")
-    first = (reason if found else text).strip().partition("\n")[0][:300] or repr(error)[:300]
+    if text.startswith("Weights only load failed"):
+        mark = "WeightsUnpickler error: "
+        text = text.partition(mark if mark in text else "\n\n")[2]
+    first = text.strip().partition("\n")[0].rstrip(".")[:300] or repr(error)[:300]
     if "GLOBAL" in first or "TorchScript" in first:
         first += (
             "; if you trust it, save its state_dict() alone from where the model's class is known"
@@ -167,21 +189,26 @@ def _shards(index: Path) -> dict[Path, list[str]]:
         raise CheckpointError(f"{index}: an index of {index.stat().st_size:,} bytes isn't read")
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
-        pairs = [(str(name), str(file)) for name, file in weight_map.items()]
+        pairs = list(weight_map.items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         told = f"{type(error).__name__}: {error}"[:300]
         raise CheckpointError(f"{index} isn't the index of a checkpoint: {told}") from error
     shards: dict[Path, list[str]] = {}
     for name, file in pairs:
         # Only the name is looked at: in a cache of the Hub the file itself may be a link.
-        is_name = PurePosixPath(file).name == file and file not in ("", "..")
-        if not is_name or "\\" in file or not file.isprintable():
+        if not _is_file_name(file):
             raise CheckpointError(
                 f"{index}: `{name:.100}` is said to be in {file!r:.100}, which is no file name;"
                 f" shards lie in the folder of their index"
             )
         shards.setdefault(index.parent / file, []).append(name)
     return shards
+
+
+def _is_file_name(text: Any) -> bool:
+    if not isinstance(text, str) or "\\" in text or not text.isprintable():
+        return False
+    return text not in ("", "..") and PurePosixPath(text).name == text
 
 
 def _state_dict(found: Any, file: Path, select: Select | None) -> dict[str, Tensor]:
@@ -212,17 +239,19 @@ def _state_dict(found: Any, file: Path, select: Select | None) -> dict[str, Tens
             f" ({type(state[example]).__name__}); say where the state dict is: select=lambda"
             f" found: found[{example!r:.100}]"
         )
-    return {name: _plain(name, value, file) for name, value in state.items()}
+    for name, value in state.items():
+        # Kinds such as nested or distributed tensors have no one shape, or can't be copied from.
+        if not _is_plain(value):
+            kind = "nested tensor" if value.is_nested else type(value).__name__
+            kind = "tensor without values" if value.is_meta else kind
+            raise CheckpointError(f"{file} isn't {WHAT}: `{name}` is a {kind}, no plain tensor")
+    # Not `value.detach()`, for the same reason as above.
+    return {name: aligned(Tensor.detach(value)) for name, value in state.items()}
 
 
-def _plain(name: str, value: Tensor, file: Path) -> Tensor:
-    """A tensor without anything that a pickle may have hung on it."""
-    # Kinds such as nested or distributed tensors have no one shape, or can't be copied from.
-    if type(value) not in (Tensor, nn.Parameter, nn.Buffer) or value.is_nested or value.is_meta:
-        kind = "nested tensor" if value.is_nested else type(value).__name__
-        kind = "tensor without values" if value.is_meta else kind
-        raise CheckpointError(f"{file} isn't {WHAT}: `{name}` is a {kind}, no plain tensor")
-    return aligned(Tensor.detach(value))
+def _is_plain(value: Tensor) -> bool:
+    is_known = type(value) in (Tensor, nn.Parameter, nn.Buffer)
+    return is_known and not value.is_nested and not value.is_meta
 
 
 def _is_extra(name: Any) -> bool:
