@@ -449,7 +449,6 @@ def test_an_export_that_fails_leaves_the_ensemble_as_it_was() -> None:
     assert "meta" in {p.device.type for p in ens._planner.pool.module.parameters()}
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # the rules don't hold there
 @pytest.mark.parametrize(
     "name", ["mlp", "cnn-batchnorm", pytest.param("transformer", marks=pytest.mark.slow)]
 )

@@ -8,5 +8,6 @@ from unisono.export.combined import CombinationName as CombinationName
 from unisono.export.onnx_file import onnx as onnx
 from unisono.export.package_file import package as package
 from unisono.export.program import program as program
+from unisono.export.report import Difference as Difference
 from unisono.export.report import Export as Export
 from unisono.export.report import Port as Port
