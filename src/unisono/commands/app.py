@@ -20,6 +20,7 @@ from unisono.commands.tables import bench_table
 from unisono.commands.train import TrainReport, TrainRequest, run_train
 from unisono.commands.train_table import TableRequest, run_train_table
 from unisono.commands.weights import inspect, merge, split
+from unisono.training.joining import is_first_of_all
 
 app = typer.Typer(
     name="unisono",
@@ -145,7 +146,9 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train N models at once on images or on a table; score members and ensemble."""
-    progress = Console(stderr=True)
+    # With other processes, that torchrun has started: one speaks for all.
+    is_first = is_first_of_all()
+    progress = Console(stderr=True, quiet=not is_first)
     if is_table(data):
         _refuse({"--checkpoint-every": checkpoint_every, "--resume": resume}, f"{data} is a table")
         report = run_train_table(
@@ -194,7 +197,8 @@ def train(
             resume,
         )
         report = run_train(request, progress)
-    _print_training(report, as_json)
+    if is_first:
+        _print_training(report, as_json)
 
 
 def _refuse(options: dict[str, Any], why: str) -> None:

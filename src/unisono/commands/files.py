@@ -20,6 +20,7 @@ class OutputFolder:
 
     Args:
         path: The folder; it and its parents are made where they are missing.
+        writes: False for a process that only works along with the one that writes.
 
     Example:
         >>> import tempfile
@@ -28,8 +29,9 @@ class OutputFolder:
         ['a.txt']
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
         self.path = path
+        self.writes = writes
         self.written = False
         self._made: list[Path] = []
 
@@ -43,6 +45,8 @@ class OutputFolder:
             raise ArgumentError(f"--out {self.path} is a file; give a folder")
         try:
             self._make()
+            if not self.writes:
+                return self
             probe = _temporary(self.path, "probe")
             try:
                 _write_synced(probe, b"x")
@@ -63,7 +67,7 @@ class OutputFolder:
         trace: TracebackType | None,
     ) -> None:
         """Remove the folders made on entering, unless files were written."""
-        if not self.written:
+        if not self.written and self.writes:
             self._remove()
 
     def write(self, contents: Mapping[str, bytes]) -> list[Path]:
@@ -73,11 +77,13 @@ class OutputFolder:
             contents: File name in the folder -> what the file shall hold.
 
         Returns:
-            The paths, in the given order.
+            The paths, in the given order; none if another process writes.
 
         Raises:
             CommandError: If the disk refuses; older files of these names are untouched.
         """
+        if not self.writes:
+            return []
         try:
             staged = {name: _temporary(self.path, name) for name in contents}
             try:

@@ -36,6 +36,7 @@ from unisono.commands.tables import score_table
 from unisono.errors import CheckpointError, IncompatibleMembersError, UnsupportedModelError
 from unisono.extras import require
 from unisono.training.history import History, Stop
+from unisono.training.joining import is_first_of_all
 
 PICTURE: Final = "disagreement.png"
 SWEEP: Final = "sweep.png"
@@ -113,7 +114,8 @@ def run_train(request: TrainRequest, progress: Console) -> TrainReport:
         Interrupted: On ctrl-C; then the disk is as it was.
     """
     settings = check_request(request)
-    folder = OutputFolder(request.out or Path("runs") / request.data)
+    path = request.out or Path("runs") / request.data
+    folder = OutputFolder(path, writes=is_first_of_all())
     _check_checkpoint(settings)
     try:
         split = LOADERS[request.data]()

@@ -32,6 +32,7 @@ from unisono.commands.table_run import table_run
 from unisono.commands.table_scores import score
 from unisono.commands.train import TrainReport, stop_notes
 from unisono.extras import require
+from unisono.training.joining import is_first_of_all
 
 TASKS: Final = ("classification", "regression")
 
@@ -98,7 +99,8 @@ def run_train_table(request: TableRequest, progress: Console) -> TrainReport:
         require(package, extra="tables", purpose="training on a table")
     require("matplotlib", extra="plots", purpose="the picture of the losses")
     module = choose_table_factory(request.model)
-    folder = OutputFolder(request.out or Path("runs") / request.data.stem)
+    path = request.out or Path("runs") / request.data.stem
+    folder = OutputFolder(path, writes=is_first_of_all())
     try:
         data = prepare(
             request.data,

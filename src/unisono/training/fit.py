@@ -183,21 +183,8 @@ def fit(
             own = None if isinstance(validation, DataLoader) else 4 * (batch_size or _BATCH_SIZE)
             passes = make_validation_batches(validation, batch_size=own, device=device)
             validator = Validator(passes, recipe, metrics, combine or combination_for(loss))
-        return Session(
-            ens,
-            optimizer,
-            batches,
-            validator,
-            recipe,
-            Schedule(epochs, seed, schedulers, scheduler_every, callbacks),
-            Stopping(n, patience=patience, min_delta=min_delta),
-            ranks,
-            held_out=batches.held_out(),
-        )
-
-    with joined(ens, mesh) as ranks:
         settings = {
-            "members": ranks.block.num_members,
+            "members": n,
             "optimizer": type(optimizer).__name__,
             "batch_size": rows,
             "sampling": repr(as_sampling(sampling)),
@@ -211,9 +198,23 @@ def fit(
             "metrics": sorted(metrics),
             "validation": validation is not None,
         }
-        session = prepared(ranks, prepare, settings, train=train, validation=validation)
+        return Session(
+            ens,
+            optimizer,
+            batches,
+            validator,
+            recipe,
+            Schedule(epochs, seed, schedulers, scheduler_every, callbacks),
+            Stopping(n, patience=patience, min_delta=min_delta),
+            ranks,
+            settings,
+            held_out=batches.held_out(),
+        )
+
+    with joined(ens, mesh) as ranks:
+        session = prepared(ranks, prepare, train=train, validation=validation)
         if checkpoint is not None:
-            kept = Checkpoint(checkpoint, every=checkpoint_every, settings=settings)
+            kept = Checkpoint(checkpoint, every=checkpoint_every)
             ranks.together(lambda: kept.load(session) if resume and kept.path.exists() else None)
             session.save = kept.save
         return session.run(progress=progress)

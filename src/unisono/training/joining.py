@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.rendezvous import rendezvous
 
+from unisono.distributed.meeting import new_store
 from unisono.distributed.mesh import check_mesh, make_mesh
 from unisono.distributed.sharding import place
 from unisono.ensemble import Ensemble
@@ -24,7 +22,6 @@ MeshChoice: TypeAlias = DeviceMesh | Literal["auto"] | None
 
 _TIMEOUT: Final = timedelta(minutes=5)
 _STARTED: Final = ("RANK", "WORLD_SIZE", "MASTER_ADDR")
-_numbers = itertools.count()
 
 
 @contextmanager
@@ -85,18 +82,9 @@ def _group() -> Iterator[None]:
         return
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
-    store, rank, world = _meeting_place()
-    # Under a name of its own: what an earlier group has left there would be taken for its own.
-    own = dist.PrefixStore(f"unisono.fit/{next(_numbers)}", store)  # type: ignore[attr-defined]
-    dist.init_process_group(store=own, rank=rank, world_size=world, timeout=_TIMEOUT)
+    store, rank, world = new_store("fit", _TIMEOUT)
+    dist.init_process_group(store=store, rank=rank, world_size=world, timeout=_TIMEOUT)
     try:
         yield
     finally:
         dist.destroy_process_group()
-
-
-@functools.cache
-def _meeting_place() -> tuple[Any, int, int]:
-    """Store, rank and number of ranks, from the environment; kept, since there is one port."""
-    found: tuple[Any, int, int] = next(iter(rendezvous("env://", timeout=_TIMEOUT)))
-    return found

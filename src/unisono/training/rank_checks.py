@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Final
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from unisono.distributed.agreement import agree, checksum, facts_of, values_of
+from unisono.describe import list_facts
+from unisono.distributed.agreement import agree, checksum, facts_of
 from unisono.engine.tree import leaves
 from unisono.ensemble import Ensemble
 from unisono.errors import EnsembleError
 from unisono.training.gradients import trained_parameters
 from unisono.training.ranks import Ranks
+from unisono.training.running import shared_tensors, states_of
 from unisono.training.session import Session
+
+_SAME: Final = 1e-2
+_ALONE: Final = (
+    "fit spreads the members over all ranks; to train an ensemble of its own on each rank, pass"
+    " mesh=None"
+)
 
 
 def check_ranks(ranks: Ranks, ens: Ensemble, train: Any, *, patience: int | None) -> None:
@@ -45,7 +54,6 @@ def check_ranks(ranks: Ranks, ens: Ensemble, train: Any, *, patience: int | None
 def prepared(
     ranks: Ranks,
     prepare: Callable[[Ranks], Session],
-    settings: Mapping[str, Any],
     *,
     train: Any,
     validation: Any,
@@ -55,7 +63,6 @@ def prepared(
     Args:
         ranks: The ranks.
         prepare: Checks what the user gave, and makes the training.
-        settings: What has to be equal on all ranks.
         train: The data, which have to be equal, too.
         validation: Likewise.
 
@@ -69,24 +76,24 @@ def prepared(
     error: Exception | None = None
     try:
         session = prepare(ranks)
-        facts = _facts(session, settings) | _data("train", train) | _data("validation", validation)
+        facts = _facts(session) | _data("train", train) | _data("validation", validation)
     except Exception as found:
         error = found
     try:
         agree("fit", facts, error)
     except EnsembleError as differences:
-        differences.add_note(
-            "fit spreads the members over all ranks; to train an ensemble of its own on each rank,"
-            " pass mesh=None"
-        )
+        differences.add_note(_ALONE)
         raise
+    if ranks.have_all:
+        _check_values(session)
+        _take_from_first(session)
     return session
 
 
-def _facts(session: Session, settings: Mapping[str, Any]) -> dict[str, str]:
+def _facts(session: Session) -> dict[str, str]:
     own = {} if session.ranks.have_all else {"max_grad_norm"}
     facts = facts_of(session.ens, session.num_members)
-    facts |= {name: repr(value) for name, value in settings.items() if name not in own}
+    facts |= {name: repr(value) for name, value in session.settings.items() if name not in own}
     facts["epochs"] = str(session.schedule.epochs)
     facts["number of callbacks"] = str(len(session.schedule.callbacks))
     facts |= {
@@ -99,8 +106,53 @@ def _facts(session: Session, settings: Mapping[str, Any]) -> dict[str, str]:
             for group in session.optimizer.param_groups
         ]
         facts["values of the param groups"] = f"checksum {zlib.crc32(repr(values).encode())}"
-        facts |= values_of(session.ens)
+        kept = [(key, tuple(t.shape)) for (_, key), t in states_of(session.optimizer)]
+        facts["state of the optimizer"] = f"{len(kept)} tensors, {zlib.crc32(repr(kept).encode())}"
     return facts
+
+
+def _check_values(session: Session) -> None:
+    """Raise, on all ranks alike, unless they have the same members, but for rounding.
+
+    An ensemble that was trained before on each rank differs by that where ``strategy="auto"`` has
+    chosen differently. Others than the first then go on with the values of the first.
+    """
+    own = {}
+    for name, tensor in _all_tensors(session.ens).items():
+        x = tensor.detach().flatten()
+        x = (torch.view_as_real(x).flatten() if x.is_complex() else x).double()
+        # Its length, and that of its shadow in some direction, in which other values differ by
+        # about as much as they are long.
+        direction = torch.cos(torch.arange(len(x), dtype=x.dtype, device=x.device))
+        own[name] = float(x.norm()), float(x @ direction)
+    first, *others = session.ranks.gather(own)
+    differences = [
+        f"rank {rank}: `{name}` has other values than on rank 0"
+        for rank, found in enumerate(others, 1)
+        for name, (length, shadow) in found.items()
+        if abs(length - first[name][0]) + abs(shadow - first[name][1]) > _SAME * first[name][0]
+    ]
+    if differences:
+        error = EnsembleError(
+            f"fit: all ranks have the same ensemble, but:\n\n{list_facts(differences)}\n\n"
+            f"Seed it: Ensemble.build(make_model, n, seed=0)"
+        )
+        error.add_note(_ALONE)
+        raise error
+
+
+@torch.no_grad()
+def _take_from_first(session: Session) -> None:
+    """Give all ranks the values of the first, bit by bit."""
+    states = [state for _, state in states_of(session.optimizer)]
+    for tensor in [*_all_tensors(session.ens).values(), *states]:
+        value = tensor.detach().contiguous()
+        dist.broadcast(value.reshape(-1).view(torch.uint8), src=0)
+        tensor.copy_(value)
+
+
+def _all_tensors(ens: Ensemble) -> dict[str, Tensor]:
+    return {**ens.stacked_tensors(), **shared_tensors(ens)}
 
 
 def _data(name: str, data: Any) -> dict[str, str]:

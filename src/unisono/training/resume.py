@@ -33,15 +33,11 @@ class Checkpoint:
     Args:
         path: The file.
         every: Epochs from one writing to the next; the last epoch is always written.
-        settings: What has to be the same when the training is taken up again.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], *, every: int, settings: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, every: int) -> None:
         self.path = Path(path)
         self.every = every
-        self.settings = dict(settings)
         self._has_warned = False
 
     def save(self, session: Session, running: Running) -> None:
@@ -81,7 +77,7 @@ class Checkpoint:
         stopping = session.stopping
         facts = {
             "format": _FORMAT,
-            "settings": to_plain(self.settings, "the settings"),
+            "settings": to_plain(dict(session.settings), "the settings"),
             "groups": to_plain(state["param_groups"], "the optimizer's state"),
             "schedulers": [
                 to_plain(scheduler.state_dict(), f"the state of scheduler {k}")
@@ -138,15 +134,15 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path} has format {facts['format']!r}, this version reads {_FORMAT}"
             )
-        before = from_plain(facts["settings"])
+        before, now = from_plain(facts["settings"]), session.settings
         lines = [
-            f"{name} was {before.get(name)!r} and is {self.settings.get(name)!r}"
-            for name in sorted({*before, *self.settings})
-            if before.get(name) != self.settings.get(name)
+            f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+            for name in sorted({*before, *now})
+            if before.get(name) != now.get(name)
         ]
         if len(facts["schedulers"]) != len(session.schedule.schedulers):
-            now = len(session.schedule.schedulers)
-            lines.append(f"there were {len(facts['schedulers'])} schedulers and are {now}")
+            counts = len(facts["schedulers"]), len(session.schedule.schedulers)
+            lines.append(f"there were {counts[0]} schedulers and are {counts[1]}")
         own, theirs = _own(session.ens), _part(tensors, "ensemble.")
         for name in sorted({*own, *theirs}):
             shapes = [tuple(t[name].shape) if name in t else None for t in (theirs, own)]

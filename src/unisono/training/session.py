@@ -126,6 +126,7 @@ class Session:
         schedule: How long, and what happens in between.
         stopping: Which members still train.
         ranks: The ranks that train together.
+        settings: What is the same on all ranks, and when the training is taken up again.
         held_out: What the sampling keeps from each member.
         save: Called when an epoch is done.
         records: The epochs so far.
@@ -143,6 +144,7 @@ class Session:
     schedule: Schedule
     stopping: Stopping
     ranks: Ranks
+    settings: Mapping[str, Any]
     held_out: Sequence[Array] = ()
     save: Callable[[Session, Running], None] = lambda session, running: None
     records: list[EpochRecord] = field(default_factory=list)
