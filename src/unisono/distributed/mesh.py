@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from unisono.block import DATA
 from unisono.collectives import MEMBER
+from unisono.distributed.meeting import new_store
 from unisono.errors import EnsembleError
 
 START = "torchrun --nproc-per-node 2 train.py"
@@ -55,7 +56,8 @@ def make_mesh(
         _check_started(call)
         if device_type != "cpu":
             torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group(timeout=timeout)
+        store, rank, world = new_store(call, timeout)
+        dist.init_process_group(store=store, rank=rank, world_size=world, timeout=timeout)
     world = dist.get_world_size()
     if not isinstance(data, int) or data < 1 or world % data:
         raise ValueError(
