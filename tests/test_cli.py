@@ -111,6 +111,7 @@ def test_without_a_command_the_help_is_printed(capsys):
         ("inspect", "select json"),
         ("merge", "model out shared select strip"),
         ("split", "out format members"),
+        ("export", "to out model example combination"),
     ],
 )
 def test_help_names_every_option(capsys, monkeypatch, command, options):

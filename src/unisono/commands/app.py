@@ -19,7 +19,7 @@ from unisono.commands.table_files import STANDARD, is_table
 from unisono.commands.tables import bench_table
 from unisono.commands.train import TrainReport, TrainRequest, run_train
 from unisono.commands.train_table import TableRequest, run_train_table
-from unisono.commands.weights import inspect, merge, split
+from unisono.commands.weights import export, inspect, merge, split
 from unisono.training.joining import is_first_of_all
 
 app = typer.Typer(
@@ -227,10 +227,18 @@ def _print_training(report: TrainReport, as_json: bool) -> None:
 def predict(
     run: Annotated[Path, typer.Argument(help="The folder that unisono train wrote.")],
     input_file: Annotated[
-        str, typer.Option("--input", help="The rows: file.csv, file.parquet, or - for CSV.")
+        str,
+        typer.Option(
+            "--input", help="The rows: file.csv, file.parquet, a folder of these, or - for CSV."
+        ),
     ],
     output_file: Annotated[
-        str, typer.Option("--output", help="Where to: file.csv, file.parquet, or - for CSV.")
+        str,
+        typer.Option(
+            "--output",
+            help="Where to: file.csv, file.parquet, or - for CSV; for a folder a folder, with a "
+            "file for each of its files. What is finished in there is not done again.",
+        ),
     ],
     keep: Annotated[
         list[str] | None,
@@ -254,10 +262,18 @@ def predict(
         ),
     ] = None,
     device: Device = "auto",
+    launch: Annotated[
+        int | None,
+        typer.Option(help="Folders: processes to share out the work.", show_default="this one"),
+    ] = None,
 ) -> None:
-    """Predict every row of a table, with the uncertainty; in constant memory."""
-    request = PredictRequest(run, input_file, output_file, tuple(keep or ()), unseen, model, device)
+    """Predict every row of a table, or of many, with the uncertainty; in constant memory."""
+    request = PredictRequest(
+        run, input_file, output_file, tuple(keep or ()), unseen, model, device, launch
+    )
     report = run_predict(request, Console(stderr=True))
+    if report is None:  # the first of the processes tells it for all
+        return
     console = Console(stderr=output_file == STANDARD)
     speed = report.rows / max(report.seconds, 1e-9)
     lines = [
@@ -319,7 +335,7 @@ def bench(
         _print_bench(report)
 
 
-for command in (inspect, merge, split):
+for command in (inspect, merge, split, export):
     app.command()(command)
 
 

@@ -151,7 +151,9 @@ class RunFolder:
             raise ArgumentError(
                 f"{path} has no {RUN}, so it isn't a run that unisono train finished"
             )
-        values = self._json(RUN, self._bytes(RUN))
+        content = self._bytes(RUN)
+        self.digest = _digest(content)  # of all files, because theirs are in it
+        values = self._json(RUN, content)
         try:
             if values["format"] != _FORMAT:
                 raise ValueError(f"format {values['format']!r}, this version reads {_FORMAT}")

@@ -113,6 +113,7 @@ def open_rows(
     columns: Sequence[Column],
     keep: Sequence[str] | None,
     *,
+    groups: range | None = None,
     most_rows: int = _MOST_ROWS,
 ) -> Iterator[Rows]:
     """Open a table for reading in batches.
@@ -121,6 +122,8 @@ def open_rows(
         path: A file, or ``-`` for CSV from standard input.
         columns: The features, which must be there and of the right types.
         keep: Other columns to read; None for all of them.
+        groups: The row groups of a Parquet file to read, which may have no rows; None for the
+            whole file.
         most_rows: Rows in a batch, at most.
 
     Raises:
@@ -133,8 +136,21 @@ def open_rows(
         return
     where = Path(path)
     with _open_file(where) as file:
-        read = _rows_of_csv if _is_csv(where) else _rows_of_parquet
-        yield read(where, file, columns, keep, most_rows)
+        if _is_csv(where):
+            yield _rows_of_csv(where, file, columns, keep, most_rows)
+        else:
+            yield _rows_of_parquet(where, file, columns, keep, groups, most_rows)
+
+
+def read_row_groups(path: Path) -> list[int]:
+    """The number of rows of each row group of a Parquet file.
+
+    Raises:
+        ArgumentError: If the file can't be read.
+    """
+    with _open_file(path) as file:
+        metadata = _open_parquet(path, file).metadata
+        return [metadata.row_group(k).num_rows for k in range(metadata.num_row_groups)]
 
 
 def _rows_of_csv(
@@ -156,36 +172,46 @@ def _rows_of_parquet(
     file: BinaryIO,
     columns: Sequence[Column],
     keep: Sequence[str] | None,
+    groups: range | None,
     most_rows: int,
 ) -> Rows:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    try:
-        # Unbuffered, it would read a row group at once, which may be the whole file.
-        source = pq.ParquetFile(file, buffer_size=1 << 16, pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:
-        raise _not_parquet(where, error) from error
+    source = _open_parquet(where, file)
     schema = source.schema_arrow
     wanted = _wanted(where, schema.names, columns, keep)
     wrong = wrong_types(schema, columns)
     if wrong:
         raise ArgumentError(f"{where}: {'; '.join(wrong)}")
-    if not source.metadata.num_rows:
+    about = source.metadata
+    if groups is None and not about.num_rows:
         raise ArgumentError(f"{where} has no rows")
+    chosen_groups = range(about.num_row_groups) if groups is None else groups
+    total = sum(about.row_group(k).num_rows for k in chosen_groups)
     chosen = pa.schema([schema.field(name) for name in wanted])
     rows = _rows_at_a_time(wanted, most_rows)
-    batches = _batches_of_parquet(where, source, wanted, rows)
-    return Rows(chosen, source.metadata.num_rows, batches)
+    batches = _batches_of_parquet(where, source, chosen_groups, wanted, rows)
+    return Rows(chosen, total, batches if total else iter(()))
+
+
+def _open_parquet(where: Path, file: BinaryIO) -> ParquetFile:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        # Unbuffered, it would read a row group at once, which may be the whole file.
+        return pq.ParquetFile(file, buffer_size=1 << 16, pre_buffer=False)
+    except (pa.ArrowException, OSError) as error:
+        raise _not_parquet(where, error) from error
 
 
 def _batches_of_parquet(
-    where: Path, source: ParquetFile, wanted: list[str], rows: int
+    where: Path, source: ParquetFile, groups: range, wanted: list[str], rows: int
 ) -> Iterator[RecordBatch]:
     import pyarrow as pa
 
     try:
-        for batch in source.iter_batches(batch_size=rows, columns=wanted):
+        for batch in source.iter_batches(batch_size=rows, row_groups=list(groups), columns=wanted):
             yield batch.select(wanted)  # in the order of the request, not of the file
     except (pa.ArrowException, OSError) as error:
         raise _not_parquet(where, error) from error

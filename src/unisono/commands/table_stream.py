@@ -87,20 +87,30 @@ class Stream:
         schema: Of the output.
         keep: The columns of the input in it.
         refuse: Whether values that training never saw are an error.
+        rows_before: How many rows of the file come before those of the stream.
     """
 
-    def __init__(self, model: Model, schema: Schema, keep: Sequence[str], *, refuse: bool) -> None:
+    def __init__(
+        self,
+        model: Model,
+        schema: Schema,
+        keep: Sequence[str],
+        *,
+        refuse: bool,
+        rows_before: int = 0,
+    ) -> None:
         self.rows = 0
         self.findings: list[Finding] = []
         self._model = model
         self._schema = schema
         self._keep = keep
         self._refuse = refuse
+        self._rows_before = rows_before
 
     def numbered(self, batches: Iterable[RecordBatch]) -> Iterator[tuple[int, RecordBatch]]:
         """Give each batch with the number of rows before it."""
         for batch in batches:
-            before = self.rows
+            before = self._rows_before + self.rows
             self.rows += batch.num_rows
             yield before, batch
 
@@ -121,14 +131,21 @@ class Stream:
         self.findings = merge([*self.findings, *part.findings])
         return None if self._refused() else part.results
 
+    def check_rows(self, name: str) -> None:
+        """Raise if there were no rows.
+
+        Raises:
+            ArgumentError: Then.
+        """
+        if not self.rows:
+            raise ArgumentError(f"{name} has no rows")
+
     def check(self, name: str) -> None:
-        """Raise if there were rows that can't be predicted, or none at all.
+        """Raise if there were rows that can't be predicted.
 
         Raises:
             ArgumentError: With every column of them.
         """
-        if not self.rows:
-            raise ArgumentError(f"{name} has no rows")
         refused = self._refused()
         if refused:
             ignore = all(finding.what != "infinite" for finding in refused)

@@ -95,6 +95,50 @@ def split(
     _print_lines([*report.notes, *(f"wrote {path}" for path in report.files)])
 
 
+def export(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="RUN_OR_FILE", help="A run, or a saved ensemble."),
+    ],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="onnx; pt2, compiled ahead of time for this kind of machine; or program, of "
+            "torch.export."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The file to write: .onnx or .pt2.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="package.module:factory that makes one member; of a run, if it had one.",
+            show_default=False,
+        ),
+    ] = None,
+    example: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Shape of an input, as 64x784 or 8x20:int64, the minibatch first; repeated for "
+            "several inputs.",
+            show_default="that of the run",
+        ),
+    ] = None,
+    combination: Annotated[
+        str | None,
+        typer.Option(
+            help="mean, probabilities, vote or uncertainty, in place of the members' outputs.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Write an ensemble to a file that runs without its class; compare the file with it."""
+    from unisono.commands.export import ExportRequest, run_export
+
+    request = ExportRequest(source, to, out, model, tuple(example or ()), combination)
+    report = run_export(request)
+    _print_lines([*report.notes, *f"wrote {report.export}".splitlines()])
+
+
 def _print_lines(lines: list[str]) -> None:
     console = Console()
     for line in lines:
