@@ -103,7 +103,7 @@ def readers(whole: Whole, path: Path) -> dict[str, Callable[[], Any]]:
                 make_model, [path], select=whole.select
             ),
             "from_checkpoints behind another": lambda: Ensemble.from_checkpoints(
-                make_model, [good, path, good], select=whole.select
+                make_model, [good, path], select=whole.select
             ),
             "inspect": lambda: run_inspect(path, whole.key),
         }

@@ -147,7 +147,7 @@ ZIPS = {
     "a bomb": (bomb, r"is compressed, \d[\d,]* bytes unpacked; torch.save stores plain bytes"),
     "two directories": (two_directories, "its directory is not where it says"),
     "overlapping": (overlapping, "its records have 1,000,000 bytes together, the file has"),
-    "TorchScript": (script, "TorchScript archives|is compressed"),
+    "TorchScript": (script, "it is a program of TorchScript, which holds code; if you trust it"),
     "no pickle": (lambda: without("data.pkl"), "data.pkl"),
     "no storage": (lambda: without("data/0"), "data/0"),
     "a short storage": (

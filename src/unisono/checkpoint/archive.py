@@ -23,6 +23,7 @@ _BEGIN: Final = b"PK\3\4"
 _SIGN: Final = b"PK\5\6"
 _SIGN_64: Final = b"PK\6\6"
 _SIGN_OF_LOCATOR: Final = b"PK\6\7"
+_CONSTANTS: Final = "constants.pkl"  # by this `torch.load` tells a program from tensors
 _HEADER: Final = struct.Struct("<26x2H")  # of a record: lengths of its name and extra field
 _END: Final = struct.Struct("<4s4H2LH")  # sign, disks, counts, size and offset of the directory
 _END_64: Final = struct.Struct("<4sQ2H2L4Q")
@@ -51,6 +52,8 @@ def open_archive(file: BinaryIO) -> zipfile.ZipFile:
     _check_end(file.read(), size)
     archive = zipfile.ZipFile(file)
     records = archive.infolist()
+    if any(record.filename.partition("/")[2] == _CONSTANTS for record in records):
+        raise ValueError("it is a program of TorchScript, which holds code")
     for record in records:
         if record.compress_type != zipfile.ZIP_STORED or record.file_size > size:
             raise ValueError(

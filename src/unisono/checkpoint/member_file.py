@@ -10,7 +10,6 @@ import errno
 import io
 import json
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
@@ -136,9 +135,7 @@ def _unpickle(file: Path) -> Any:
         if mapped:
             with file.open("rb") as opened:
                 open_archive(opened)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is then refused, such as TorchScript
-            found = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         if mapped:
             check_storages(file, _dense(found))
         return found
