@@ -9,9 +9,12 @@ import signal
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from unisono.commands.outcome import CommandError, Interrupted
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 _RESTARTS: Final = 3  # of all processes, when one was killed
 _INTERRUPTED: Final = 130
@@ -38,7 +41,8 @@ def launch(work: Callable[[Argument], Result], argument: Argument, processes: in
 
     Raises:
         KeyboardInterrupt: On ctrl-C, when all processes have ended.
-        CommandError: If processes ended otherwise than by returning.
+        CommandError: If one was killed more often than that.
+        RuntimeError: If one raised; with its traceback.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -67,10 +71,23 @@ def launch(work: Callable[[Argument], Result], argument: Argument, processes: in
                 raise KeyboardInterrupt from None
             raise CommandError(f"ended by {signal.Signals(error.sigval).name}") from None
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            how = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-            raise CommandError(f"process {rank} of {processes} ended with {how}") from error
+            raise _explained(error, processes) from error
     return [found[rank] for rank in range(processes)]
+
+
+def _explained(error: ChildFailedError, processes: int) -> Exception:
+    """What became of a process: killed, or an error that nobody expected, with its traceback."""
+    rank, failure = error.get_first_failure()
+    if failure.exitcode < 0:
+        return CommandError(
+            f"process {rank} of {processes} was ended by {failure.signal_name()}, after "
+            f"{_RESTARTS} times that all were started anew; what is finished is kept, and the same "
+            "command goes on from there"
+        )
+    told = failure.message
+    if isinstance(told, dict):
+        told = told["extraInfo"]["py_callstack"]
+    return RuntimeError(f"process {rank} of {processes} ended with {failure.exitcode}:\n{told}")
 
 
 def _interruptible(work: Callable[[Argument], Result], argument: Argument) -> Result:

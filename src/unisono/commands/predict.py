@@ -13,12 +13,8 @@ from rich.console import Console
 from unisono.commands.arguments import at_least, check_choice
 from unisono.commands.launching import launch
 from unisono.commands.outcome import ArgumentError, CommandError, Interrupted
-from unisono.commands.predict_folder import (
-    FolderReport,
-    FolderRequest,
-    check_folders,
-    predict_folder,
-)
+from unisono.commands.piece_worker import FolderRequest
+from unisono.commands.predict_folder import FolderReport, check_folders, predict_folder
 from unisono.commands.ranks import are_given, join_ranks
 from unisono.commands.result_files import check_output
 from unisono.commands.row_progress import show_rows
