@@ -22,7 +22,9 @@ def main() -> None:
     del history["seconds"]
     state = {name: tensor.tolist() for name, tensor in found["ens"].state_dict().items()}
     rank = os.environ.get("RANK", "0")
-    (Path(os.environ["RESULTS"]) / rank).write_text(json.dumps({"history": history, "state": state}))
+    (Path(os.environ["RESULTS"]) / rank).write_text(
+        json.dumps({"history": history, "state": state})
+    )
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ def test_two_blocks(two_ranks, name):
     assert_passed(two_ranks, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [check.__name__ for check in checks_fit_four.CHECKS])
 def test_two_blocks_of_two_replicas(four_ranks, name):
     assert_passed(four_ranks, name)

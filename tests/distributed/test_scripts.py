@@ -31,7 +31,10 @@ def readme(tmp_path_factory):
     return script
 
 
-@pytest.mark.parametrize(("dtype", "atol"), [("float64", 1e-10), ("float32", 1e-5)])
+@pytest.mark.parametrize(
+    ("dtype", "atol"),
+    [("float64", 1e-10), pytest.param("float32", 1e-5, marks=pytest.mark.slow)],
+)
 def test_readme_script_equals_one_process(readme, dtype, atol, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
@@ -61,6 +64,7 @@ def largest_difference(found, wanted):
     return abs(found - wanted)
 
 
+@pytest.mark.slow
 def test_command_line_writes_and_prints_once(tmp_path):
     pytest.importorskip("sklearn")
     line = ["-m", "unisono", "train", "--data", "digits", "--members", "3", "--epochs", "2"]

@@ -7,7 +7,12 @@ word to the others. What all ranks need together, `unisono.combine`, `unisono.un
 
 from unisono.block import Block as Block
 from unisono.distributed.gathering import gather as gather
+from unisono.distributed.loading import load as load
+from unisono.distributed.loading import load_optimizer as load_optimizer
 from unisono.distributed.mesh import make_mesh as make_mesh
+from unisono.distributed.saving import Saving as Saving
+from unisono.distributed.saving import async_save as async_save
+from unisono.distributed.saving import save as save
 from unisono.distributed.sharding import build as build
 from unisono.distributed.sharding import shard as shard
 from unisono.distributed.synchronised import Synchronised as Synchronised

@@ -41,6 +41,26 @@ def pick(groups: Sequence[Group], n: int, members: Sequence[int]) -> list[Group]
     return [group for _, section in sections(groups, n) for group in _of(section, members)]
 
 
+def join(parts: Sequence[tuple[int, Sequence[Group]]]) -> list[Group]:
+    """The groups of all members, from those of blocks one after another; the reverse of `pick`.
+
+    Args:
+        parts: For each block its number of members, and the groups of a state of its optimizer.
+    """
+    blocks = [[list(section) for _, section in sections(groups, n)] for n, groups in parts]
+    joined: list[Group] = []
+    for same in zip(*blocks, strict=True):
+        if same[0][0]["member"] is None:
+            joined += same[0]
+            continue
+        every = [group for section in same for group in section]
+        joined += [
+            {**group, "member": i, "params": every[0]["params"] if i == 0 else []}
+            for i, group in enumerate(every)
+        ]
+    return joined
+
+
 def _of(section: Sequence[Group], members: Sequence[int]) -> list[Group]:
     return list(section) if section[0]["member"] is None else [section[i] for i in members]
 
