@@ -15,6 +15,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from torch import nn
+from torch._tensor import _rebuild_from_type_v2
 from torch._utils import _rebuild_meta_tensor_no_storage, _rebuild_tensor_v2
 
 from hostile import OF_MEMBER, gather, inspect, refused, written
@@ -190,11 +191,20 @@ class WithAttribute:
 
 
 STORAGE = torch.zeros(4)._typed_storage()
+PLAIN = (STORAGE, 0, (4,), (1,), False, OrderedDict())
+WITH_DETACH = (_rebuild_tensor_v2, torch.Tensor, PLAIN, {"detach": 5})
 STATES = {
     "no dict": (lambda: [1, 2], "it holds a list, not a state dict"),
     "a tensor": (lambda: torch.zeros(3), "it holds a Tensor, not a state dict"),
     "itself": (itself, "'state' in it is no tensor"),
-    "an attribute in place of a method": (WithAttribute, "'a' in it is no tensor"),
+    "an attribute in place of a method": (
+        WithAttribute,
+        "a OrderedDict in it has a 'items' that isn't that of its class",
+    ),
+    "an attribute in place of another method": (
+        lambda: {"a": Evil(_rebuild_from_type_v2, *WITH_DETACH)},
+        "a Tensor in it has a 'detach' that isn't that of its class",
+    ),
     "a name that is none": (lambda: {(1, 2): torch.zeros(1)}, "a tuple in it is no name of a t"),
     "a tensor as a name": (lambda: {torch.zeros(1): torch.zeros(1)}, "a Tensor in it is no name"),
     "nested": (

@@ -136,8 +136,9 @@ def _unpickle(file: Path) -> Any:
             with file.open("rb") as opened:
                 open_archive(opened)
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        tensors = _dense_tensors(found)
         if mapped:
-            check_storages(file, _dense(found))
+            check_storages(file, tensors)
         return found
     except torch.OutOfMemoryError:
         raise
@@ -148,20 +149,31 @@ def _unpickle(file: Path) -> Any:
         raise CheckpointError(f"{file} isn't {WHAT}: {_reason(error)}") from error
 
 
-def _dense(found: Any) -> Iterator[Tensor]:
-    """The dense tensors in containers in containers, which may hold themselves."""
-    waiting, seen = [found], set()
+def _dense_tensors(found: Any) -> list[Tensor]:
+    """The dense tensors in containers in containers, which may hold themselves.
+
+    Raises:
+        ValueError: If the pickle put something in the place of a method.
+    """
+    waiting, seen, tensors = [found], set(), []
     while waiting:
         value = waiting.pop()
-        if isinstance(value, Tensor):
-            if _is_plain(value) and value.layout is torch.strided:
-                yield value
-        elif id(value) not in seen:
-            seen.add(id(value))
-            if isinstance(value, dict):
-                waiting += dict.values(value)
-            elif isinstance(value, (list, tuple)):
-                waiting += value
+        if id(value) in seen or not isinstance(value, (Tensor, dict, list, tuple)):
+            continue
+        seen.add(id(value))
+        hidden = [name for name in getattr(value, "__dict__", ()) if hasattr(type(value), name)]
+        if hidden:
+            kind = type(value).__name__
+            raise ValueError(
+                f"a {kind} in it has a {hidden[0]!r:.100} that isn't that of its class"
+            )
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif not isinstance(value, Tensor):
+            waiting += value
+        elif _is_plain(value) and value.layout is torch.strided:
+            tensors.append(value)
+    return tensors
 
 
 def _reason(error: Exception) -> str:
@@ -220,10 +232,8 @@ def _state_dict(found: Any, file: Path, select: Select | None) -> dict[str, Tens
         raise CheckpointError(
             f"{file} isn't {WHAT}: it holds a {type(chosen).__name__}, not a state dict"
         )
-    # Not `chosen.items()`: a pickle may put something else in its place.
-    items = dict.items(chosen) if isinstance(chosen, dict) else chosen.items()
     # Modules may keep what is no tensor in a state dict, under a name that torch reserves.
-    state = {name: value for name, value in items if not _is_extra(name)}
+    state = {name: value for name, value in chosen.items() if not _is_extra(name)}
     strange = [type(name).__name__ for name in state if not isinstance(name, str)]
     if strange:
         raise CheckpointError(f"{file} isn't {WHAT}: a {strange[0]} in it is no name of a tensor")
@@ -242,8 +252,7 @@ def _state_dict(found: Any, file: Path, select: Select | None) -> dict[str, Tens
             kind = "nested tensor" if value.is_nested else type(value).__name__
             kind = "tensor without values" if value.is_meta else kind
             raise CheckpointError(f"{file} isn't {WHAT}: `{name}` is a {kind}, no plain tensor")
-    # Not `value.detach()`, for the same reason as above.
-    return {name: aligned(Tensor.detach(value)) for name, value in state.items()}
+    return {name: aligned(value.detach()) for name, value in state.items()}
 
 
 def _is_plain(value: Tensor) -> bool:
