@@ -313,6 +313,7 @@ class Ensemble(nn.Module):
         Raises:
             OSError: If the disk refuses.
             TypeError: If a tensor is of a kind that can't be stored.
+            ValueError: If ``combination`` holds values that can't have been set, such as NaN.
 
         Example:
             >>> import tempfile
