@@ -68,7 +68,9 @@ def _speaker_of(error: Exception) -> str:
 
 
 def _complain(speaker: str, message: str, code: int) -> int:
-    line = " ".join(message.split())  # one line, whatever a file name or a cause contains
+    from unisono.commands.printable import printable
+
+    line = printable(" ".join(message.split()))  # one line, whatever a cause contains
     sys.stderr.write(f"{speaker}: {line}\n")
     return code
 

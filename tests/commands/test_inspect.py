@@ -8,7 +8,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
 
@@ -16,7 +15,6 @@ from unisono import Ensemble, fit, optim
 from unisono.cli import main
 from unisono.commands.inspect import run_inspect
 from unisono.commands.norms import norms_by_tensor, norms_of_members
-from unisono.commands.train import TrainRequest, run_train
 
 
 def make_net():
@@ -264,13 +262,11 @@ def test_a_run_on_a_table(request, name):
     assert list(found.remarks) == ["", "", ""]
 
 
-def test_a_run_on_images(capsys, tmp_path):
-    request = TrainRequest(data="digits", members=2, epochs=1, batch_size=512, out=tmp_path / "run")
-    run_train(request, Console(quiet=True))
-    found = run_inspect(tmp_path / "run")
+def test_a_run_on_images(capsys, tmp_path, digits_run):
+    found = run_inspect(digits_run)
     assert (found.kind, found.members) == ("ensemble", 2)
-    assert found.facts.outline[""]["class"] == "unisono.commands.models.SimpleMLP"
-    path = tmp_path / "run" / "ensemble.safetensors"
+    assert found.facts.outline[""]["class"] == "unisono.commands.models.SimpleCNN"
+    path = shutil.copytree(digits_run, tmp_path / "run") / "ensemble.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     code, _, err = run(capsys, "inspect", tmp_path / "run")
     assert code == 2
@@ -327,3 +323,14 @@ def test_code_in_a_pickle_isn_t_run(capsys, tmp_path):
     code, _, err = run(capsys, "inspect", tmp_path / "f.pt")
     assert (code, err.count("\n")) == (2, 1)
     assert not (tmp_path / "made").exists()
+
+
+def test_names_do_nothing_to_the_terminal(capsys, tmp_path):
+    save_file({"\x1b[2Ja[red]b[/none]": torch.zeros(2)}, tmp_path / "f.safetensors")
+    code, out, _ = run(capsys, "inspect", tmp_path / "f.safetensors")
+    assert code == 0
+    assert out.count(r"\x1b[2Ja[red]b[/none]") == 2
+    assert "\x1b" not in out
+    code, _, err = run(capsys, "inspect", tmp_path / "\x1b[2J.safetensors")
+    assert code == 2
+    assert r"\x1b[2J.safetensors" in err

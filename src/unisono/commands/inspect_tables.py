@@ -11,6 +11,7 @@ from rich.table import Table
 
 from unisono.commands.inspect import Inspection, TensorFacts
 from unisono.commands.norms import Norms
+from unisono.commands.printable import printable
 
 _SHOWN: Final = 32  # members
 _KINDS: Final = {
@@ -59,7 +60,7 @@ def tensor_table(found: Inspection) -> Table:
         table.add_column("what")
     table.add_column("bytes", justify="right")
     for tensor in found.tensors:
-        row = [tensor.name, str(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
+        row = [printable(tensor.name), str(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
         if found.members is not None:
             row.append(f"shared {tensor.what}" if tensor.shared else tensor.what)
         table.add_row(*row, f"{tensor.nbytes:,}")
@@ -133,7 +134,7 @@ def _norm_row(tensor: TensorFacts, *, plain: bool) -> Iterator[str]:
     norms = tensor.norms
     assert norms is not None
     broken = np.flatnonzero(norms.not_finite)
-    yield tensor.name
+    yield printable(tensor.name)
     if plain:
         yield _short(norms.norm[0])
         yield f"{int(norms.not_finite[0]):,}" if len(broken) else ""

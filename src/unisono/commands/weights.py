@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from unisono.commands.printable import printable
+
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print JSON, and nothing else, to standard output.")
 ]
@@ -41,7 +43,7 @@ def inspect(
     for table in (tensor_table(found), norm_table(found), member_table(found)):
         if table is not None:
             Console().print()
-            Console().print(table)
+            Console().print(table, markup=False)  # names come from the file
 
 
 def merge(
@@ -142,4 +144,4 @@ def export(
 def _print_lines(lines: list[str]) -> None:
     console = Console()
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
