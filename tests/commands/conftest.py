@@ -5,6 +5,7 @@ import torch
 from rich.console import Console
 
 from small_tables import cancer_frame, diabetes_frame
+from unisono.commands.train import TrainRequest, run_train
 from unisono.commands.train_table import TableRequest, run_train_table
 
 QUICK = {"members": 3, "epochs": 3, "device": "cpu", "patience": 0}
@@ -39,6 +40,15 @@ def cancer_run(tables):
 def diabetes_run(tables):
     """The folder of a regression."""
     return _train(tables, "diabetes.csv", "target", "regression")
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory):
+    """The folder of a run on images; copy it before you change it."""
+    out = tmp_path_factory.mktemp("images") / "run"
+    request = TrainRequest("digits", "cnn", members=2, epochs=1, batch_size=512, out=out)
+    run_train(request, Console(quiet=True))
+    return out
 
 
 def _train(tables, name, target, task):

@@ -6,7 +6,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from torch import nn
 
 from unisono import Ensemble
@@ -16,7 +15,6 @@ from unisono.commands.exported import parse_example, read_exported
 from unisono.commands.models import SimpleCNN
 from unisono.commands.run_folder import RunFolder
 from unisono.commands.table_estimator import load_members
-from unisono.commands.train import TrainRequest, run_train
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -50,14 +48,6 @@ def nets(tmp_path, monkeypatch):
     return exported_nets
 
 
-@pytest.fixture(scope="module")
-def image_run(tmp_path_factory):
-    out = tmp_path_factory.mktemp("images") / "run"
-    request = TrainRequest("digits", "cnn", members=2, epochs=1, batch_size=512, out=out)
-    run_train(request, Console(quiet=True))
-    return out
-
-
 def run(capsys, *arguments):
     code = main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
@@ -72,8 +62,8 @@ def by_onnx(path, x):
 # What comes out -----------------------------------------------------------------------------------
 
 
-def test_a_run_on_images(capsys, image_run):
-    code, out, err = run(capsys, "export", image_run, "--to", "onnx", "--out", "ens.onnx")
+def test_a_run_on_images(capsys, digits_run):
+    code, out, err = run(capsys, "export", digits_run, "--to", "onnx", "--out", "ens.onnx")
     assert (code, err) == (0, "")
     assert out.startswith(
         "input: images with grey values from 0 to 1\noutput: the logits of 10 classes\n"
@@ -83,20 +73,20 @@ def test_a_run_on_images(capsys, image_run):
     assert "  difference  " in out
     images = LOADERS["digits"]().test_images
     (logits,) = by_onnx("ens.onnx", images)
-    expected = RunFolder(image_run).test_outputs().outputs.numpy()
+    expected = RunFolder(digits_run).test_outputs().outputs.numpy()
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_run_s_ensemble_is_that_of_the_training(image_run):
-    found = read_exported(image_run, None)
+def test_a_run_s_ensemble_is_that_of_the_training(digits_run):
+    found = read_exported(digits_run, None)
     again = Ensemble.load(
-        image_run / "ensemble.safetensors", lambda: SimpleCNN((1, 8, 8), 10)
+        digits_run / "ensemble.safetensors", lambda: SimpleCNN((1, 8, 8), 10)
     ).eval()
     x = found.example[0]
     torch.testing.assert_close(found.ensemble(x), again(x))
 
 
-@pytest.mark.parametrize("to", ["onnx", "program"])
+@pytest.mark.parametrize("to", [pytest.param("onnx", marks=pytest.mark.slow), "program"])
 def test_a_saved_ensemble_with_a_combination(capsys, nets, to):
     ens = Ensemble.build(nets.make, 3).train()
     ens.combination.set(weights=[0.2, 0.3, 0.5])
@@ -119,13 +109,13 @@ def test_a_saved_ensemble_with_a_combination(capsys, nets, to):
 
 
 @pytest.mark.slow
-def test_a_compiled_package(capsys, image_run):
-    code, out, err = run(capsys, "export", image_run, "--to", "pt2", "--out", "ens.pt2")
+def test_a_compiled_package(capsys, digits_run):
+    code, out, err = run(capsys, "export", digits_run, "--to", "pt2", "--out", "ens.pt2")
     assert (code, err) == (0, "")
     assert "wrote ens.pt2  (AOTInductor, cpu, " in out
     images = LOADERS["digits"]().test_images
     found = torch._inductor.aoti_load_package("ens.pt2")(images)
-    expected = RunFolder(image_run).test_outputs().outputs
+    expected = RunFolder(digits_run).test_outputs().outputs
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -140,26 +130,27 @@ def test_integers_and_several_examples(capsys, nets):
     assert "input: int64 (batch, 7)" in out
 
 
-def test_a_classification_of_a_table(capsys, cancer_run):
-    code, out, err = run(capsys, "export", cancer_run, "--to", "onnx", "--out", "ens.onnx")
-    assert (code, err) == (0, "")
-    assert "preprocessing.safetensors makes of the columns, not the columns themselves" in out
-    assert "output: the logits of " in out
+def test_a_classification_of_a_table(cancer_run):
+    exported = read_exported(cancer_run, None)
+    assert exported.notes[0].endswith(
+        "features that preprocessing.safetensors makes of the columns, not the columns themselves"
+    )
+    assert exported.notes[1].startswith("output: the logits of ")
     members = load_members(RunFolder(cancer_run), None, torch.device("cpu"))
     x = np.random.default_rng(0).normal(size=(9, members.n_features)).astype(np.float32)
-    (logits,) = by_onnx("ens.onnx", torch.from_numpy(x))
-    found = torch.from_numpy(logits).softmax(-1).mean(0)
+    found = exported.ensemble(torch.from_numpy(x)).detach().softmax(-1).mean(0)
     expected = members.predict_uncertainty(x).prediction
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_regression_of_a_table_is_in_the_unit_of_the_target(capsys, diabetes_run):
-    code, out, err = run(capsys, "export", diabetes_run, "--to", "onnx", "--out", "ens.onnx")
+    code, out, err = run(capsys, "export", diabetes_run, "--to", "program", "--out", "ens.pt2")
     assert (code, err) == (0, "")
     assert "output: mean and variance, in the unit of the target\n" in out
     members = load_members(RunFolder(diabetes_run), None, torch.device("cpu"))
     x = np.random.default_rng(0).normal(size=(9, members.n_features)).astype(np.float32)
-    mean, variance = by_onnx("ens.onnx", torch.from_numpy(x))
+    found = torch.export.load("ens.pt2").module()(torch.from_numpy(x))
+    mean, variance = (part.detach().numpy() for part in found)
     expected = members.predict_uncertainty(x)
     np.testing.assert_allclose(mean[..., 0].mean(0), expected.prediction, rtol=1e-4)
     np.testing.assert_allclose(variance[..., 0].mean(0), expected.aleatoric, rtol=1e-4)
@@ -230,12 +221,12 @@ def test_a_model_that_cannot_be_exported_is_code_1(capsys, nets):
     assert not os.path.exists("ens.pt2")
 
 
-def test_a_run_of_other_code_asks_for_it(capsys, image_run):
+def test_a_run_of_other_code_asks_for_it(capsys, digits_run):
     code, _, err = run(
-        capsys, *("export", image_run, "--to", "onnx", "--out", "e.onnx", "--model", "a:b")
+        capsys, *("export", digits_run, "--to", "onnx", "--out", "e.onnx", "--model", "a:b")
     )
     assert code == 2
-    assert err.endswith(f"--model a:b: the members of {image_run} are made by cnn\n")
+    assert err.endswith(f"--model a:b: the members of {digits_run} are made by cnn\n")
 
 
 def test_examples():

@@ -7,16 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
 from cases import CASES, N
 from unisono import Ensemble
 from unisono.cli import main
-from unisono.commands.models import SimpleMLP
+from unisono.commands.models import SimpleCNN
 from unisono.commands.split import run_split
-from unisono.commands.train import TrainRequest, run_train
 
 NETS = """
 import torch
@@ -98,6 +96,7 @@ def test_two_files_and_back(capsys, nets, kind):
             assert torch.equal(fresh.state_dict()[name], tensor), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_members_of_every_model_load_strictly(tmp_path, case):
     ens = Ensemble([case.make() for _ in range(N)])
@@ -158,10 +157,9 @@ def test_select_and_strip(capsys, nets):
     assert torch.equal(found[1].encoder.weight, nets[1][1].encoder.weight)
 
 
-def test_a_run_on_images(capsys):
-    run_train(TrainRequest(data="digits", members=2, epochs=1, batch_size=512), Console(quiet=True))
-    assert run(capsys, "split runs/digits --out members")[0] == 0
-    model = SimpleMLP(inputs=64)
+def test_a_run_on_images(capsys, digits_run):
+    assert run(capsys, f"split {digits_run} --out members")[0] == 0
+    model = SimpleCNN((1, 8, 8))
     model.load_state_dict(torch.load("members/member_1.pt"), strict=True)
 
 

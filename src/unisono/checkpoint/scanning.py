@@ -13,7 +13,7 @@ from torch import Tensor
 from unisono.checkpoint.reading import TensorFile
 from unisono.checkpoint.writing import Crcs, as_bytes
 
-_ELEMENTS: Final = 2**20  # of a piece
+_ELEMENTS: Final = 2**17  # of a piece: what is computed of it fits a cache
 
 
 def scan(file: TensorFile) -> Iterator[tuple[str, Tensor]]:
@@ -58,8 +58,8 @@ def pieces(tensor: Tensor, *, stacked: bool) -> Iterator[Tensor]:
         - piece: (N, c), or (1, c)
 
     Example:
-        >>> [tuple(piece.shape) for piece in pieces(torch.zeros(4, 2**18 + 1), stacked=True)]
-        [(4, 262144), (4, 1)]
+        >>> [tuple(piece.shape) for piece in pieces(torch.zeros(4, 2**15 + 1), stacked=True)]
+        [(4, 32768), (4, 1)]
     """
     if tensor.numel() == 0:
         return
