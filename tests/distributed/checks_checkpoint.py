@@ -50,7 +50,7 @@ def saved_on_four_and_loaded_on_any_number(mesh):
         for model, optimizer in ((ens, optimizers[0]), (call, optimizers[1])):
             _step(model, optimizer)
         folder = Path(folder_of_all(), "step-1")
-        for saved in range(2):  # the second replaces the first
+        for _ in range(2):  # the second replaces the first
             distributed.save(part, folder, optimizers[1])
             dist.barrier()
             assert len(list(folder.glob("data-*"))) == 1

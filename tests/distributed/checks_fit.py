@@ -64,7 +64,7 @@ class Training:
         )
 
     def state(self):
-        found = {name: tensor for name, tensor in self.ens.state_dict().items()}
+        found = dict(self.ens.state_dict().items())
         for k, (_, kept) in enumerate(self.optimizer.state_dict()["state"].items()):
             found |= {f"{k}.{name}": tensor for name, tensor in kept.items()}
         return found
@@ -227,9 +227,7 @@ def dropout_draws_apart_and_repeats(mesh):
 
 
 def a_block_of_its_own_stays_on_its_rank(mesh):
-    whole = Training(
-        None, schedule=lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.9), patience=2
-    )
+    whole = Training(None, patience=2)
     part = distributed.build(network, N, mesh, strategy="fused")
     own = part.block.slice
     optimizer = optim.AdamW(part, lr=RATES[own], weight_decay=0.1)
@@ -250,6 +248,57 @@ def a_block_of_its_own_stays_on_its_rank(mesh):
     )
     assert history.stopped == whole.history.stopped
     assert len(part) == part.block.size
+
+
+def a_training_of_blocks_is_resumed_by_blocks_and_by_one_process(mesh):
+    def run(part, file=None, callbacks=(), **options):
+        own = slice(None) if part.block is None else part.block.slice
+        optimizer = optim.AdamW(part, lr=RATES[own], weight_decay=0.1)
+        chosen = {**OPTIONS, "patience": 2, "max_grad_norm": 1.0, **options}
+        return fit(
+            part,
+            (x[:60], y[:60]),
+            optimizer=optimizer,
+            scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.9),
+            checkpoint=file,
+            resume=file is not None,
+            callbacks=callbacks,
+            **chosen,
+        )
+
+    def interrupt(end):
+        if end.epoch == 4:
+            raise Interrupted
+
+    def block():
+        return distributed.build(network, N, mesh, strategy="fused")
+
+    wanted, history = Ensemble.build(network, N, strategy="fused"), {}
+    history[None] = run(wanted, mesh=None, max_grad_norm=1.0)
+    file = Path(folder_of_all(), "training.safetensors")
+    with contextlib.suppress(Interrupted):
+        run(block(), file, [interrupt])
+    dist.barrier()
+    copy = file.with_name("copy.safetensors")
+    if dist.get_rank() == 0:
+        copy.write_bytes(file.read_bytes())
+    dist.barrier()
+    part = block()
+    history["blocks"] = run(part, file)
+    for name, theirs in wanted.members.named_parameters():
+        equal(part.members.get_parameter(name).detach(), theirs.detach()[part.block.slice])
+    _assert_same_losses(history["blocks"], history[None])
+    if dist.get_rank() == 0:
+        one = Ensemble.build(network, N, strategy="fused")
+        _assert_same_losses(run(one, copy, mesh=None), history[None])
+        equal(dict(one.state_dict()), dict(wanted.state_dict()))
+    dist.barrier()
+
+
+def _assert_same_losses(found, wanted):
+    for mine, theirs in ((found.loss, wanted.loss), (found.lr, wanted.lr)):
+        mine, theirs = torch.from_numpy(mine), torch.from_numpy(theirs)
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10, equal_nan=True)
 
 
 # Checkpoints ----------------------------------------------------------------------------------
@@ -315,8 +364,8 @@ def an_error_on_one_rank_is_raised_on_all(mesh):
                 raise OSError("no row 50")
             return x[k], y[k]
 
-    kinds = [(EnsembleError, "rank 1: OSError: no row 50"), (OSError, "no row 50")]
-    kind, text = kinds[dist.get_rank()]
+    rank = dist.get_rank()
+    kind, text = [(EnsembleError, "rank 1: OSError: no row 50"), (OSError, "no row 50")][rank]
     with refused(kind, text):
         Training(mesh, train=Broken())
     with refused(kind, text):
@@ -328,12 +377,10 @@ def an_error_on_one_rank_is_raised_on_all(mesh):
 
     with refused(kind, text):
         Training(mesh, callbacks=[fail])
-    with refused(
-        *[(EnsembleError, "rank 1: ValueError: fit: epochs is"), (ValueError, "epochs is")][
-            dist.get_rank()
-        ]
-    ):
-        Training(mesh, epochs=[3, 0][dist.get_rank()])
+    text = "epochs is a whole number"
+    kind, text = [(EnsembleError, f"rank 1: ValueError: fit: {text}"), (ValueError, text)][rank]
+    with refused(kind, text):
+        Training(mesh, epochs=[3, 0][rank])
 
 
 def what_ranks_cannot_share(mesh):
@@ -363,6 +410,7 @@ CHECKS = [
     what_members_share_is_trained_together,
     dropout_draws_apart_and_repeats,
     a_block_of_its_own_stays_on_its_rank,
+    a_training_of_blocks_is_resumed_by_blocks_and_by_one_process,
     a_resumed_training_is_the_uninterrupted_one,
     ranks_with_different_data_or_settings,
     an_error_on_one_rank_is_raised_on_all,

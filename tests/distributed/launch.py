@@ -40,7 +40,7 @@ def run_ranks(
 
 
 def run_checks(module: str, data: int, ranks: int, tmp_path_factory: Any) -> list[dict[str, str]]:
-    """Run the ``CHECKS`` of a module on a mesh with so many replicas; errors of each rank by name."""
+    """Run the ``CHECKS`` of a module on a mesh with so many replicas; errors by rank and name."""
     folder: Path = tmp_path_factory.mktemp(module)
     return run_ranks("worker", module, str(data), ranks=ranks, folder=folder)
 

@@ -183,6 +183,9 @@ def fit(
             own = None if isinstance(validation, DataLoader) else 4 * (batch_size or _BATCH_SIZE)
             passes = make_validation_batches(validation, batch_size=own, device=device)
             validator = Validator(passes, recipe, metrics, combine or combination_for(loss))
+        # One for each of a block's own members is another on each rank.
+        is_own = ranks.have_blocks and isinstance(max_grad_norm, Sequence)
+        norm = "one for each member of a block" if is_own else max_grad_norm
         settings = {
             "members": n,
             "optimizer": type(optimizer).__name__,
@@ -191,7 +194,7 @@ def fit(
             "patience": patience,
             "min_delta": min_delta,
             "accumulate": accumulate,
-            "max_grad_norm": max_grad_norm,
+            "max_grad_norm": norm,
             "scheduler_every": scheduler_every,
             "autocast": str(autocast),
             "seed": seed,

@@ -91,9 +91,8 @@ def prepared(
 
 
 def _facts(session: Session) -> dict[str, str]:
-    own = {} if session.ranks.have_all else {"max_grad_norm"}
     facts = facts_of(session.ens, session.num_members)
-    facts |= {name: repr(value) for name, value in session.settings.items() if name not in own}
+    facts |= {name: repr(value) for name, value in session.settings.items()}
     facts["epochs"] = str(session.schedule.epochs)
     facts["number of callbacks"] = str(len(session.schedule.callbacks))
     facts |= {

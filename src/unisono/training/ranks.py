@@ -49,6 +49,11 @@ class Ranks:
         return not self.is_alone and len(self.home) == self.block.num_members
 
     @property
+    def have_blocks(self) -> bool:
+        """Whether each rank has its own block at home, and no other members."""
+        return not self.is_alone and not self.have_all
+
+    @property
     def group(self) -> ProcessGroup | None:
         """The ranks with the other blocks; None for a process alone."""
         return None if self.block.mesh is None else self.block.mesh.get_group(MEMBER)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +18,14 @@ from unisono.checkpoint.writing import write
 from unisono.engine.where import caller_level
 from unisono.ensemble import Ensemble
 from unisono.errors import CheckpointError, EnsembleWarning
+from unisono.training.blocks import (
+    groups_of_all,
+    groups_of_block,
+    rows_of_all,
+    rows_of_block,
+    schedule_of_all,
+    schedule_of_block,
+)
 from unisono.training.history import Array, EpochRecord, Validation
 from unisono.training.plain import from_plain, to_plain
 from unisono.training.running import Running, shared_tensors
@@ -51,43 +59,42 @@ class Checkpoint:
         if done % self.every and not is_last:
             return
         running.gather(session.best)
-        known = session.ranks.gather(plans.to_dict())
-        session.ranks.together(
-            lambda: self._write(session, known) if session.ranks.is_first else None
+        ranks, schedulers = session.ranks, session.schedule.schedulers
+        tensors, state = _tensors(session), session.optimizer.state_dict()
+        groups, schedules = state["param_groups"], [each.state_dict() for each in schedulers]
+        if ranks.have_blocks:
+            tensors = rows_of_all(tensors, _stacked(tensors, session), ranks)
+            schedules = [schedule_of_all(each, groups, ranks) for each in schedules]
+            groups = groups_of_all(groups, ranks)
+        known = ranks.gather(plans.to_dict())
+        ranks.together(
+            lambda: (
+                self._write(session, tensors, groups, schedules, known) if ranks.is_first else None
+            )
         )
 
-    def _write(self, session: Session, known: list[dict[str, Any]]) -> None:
+    def _write(
+        self,
+        session: Session,
+        tensors: Mapping[str, Tensor],
+        groups: Sequence[Any],
+        schedules: Sequence[Mapping[str, Any]],
+        known: Sequence[Any],
+    ) -> None:
         self._tell_what_is_left_out(session.ens)
-        state = session.optimizer.state_dict()
-        tensors = {
-            **{f"ensemble.{name}": t for name, t in _own(session.ens).items()},
-            **{f"best.{name}": t for name, t in session.best.items()},
-            **{
-                f"optimizer.{k}.{key}": value
-                for k, values in state["state"].items()
-                for key, value in values.items()
-                if isinstance(value, Tensor)
-            },
-            **{
-                f"generator.{k}": generator.get_state()
-                for k, generator in enumerate(session.batches.generators)
-            },
-            **{f"history.{name}": torch.from_numpy(a) for name, a in _arrays(session).items()},
-        }
-        stopping = session.stopping
         facts = {
             "format": _FORMAT,
             "settings": to_plain(dict(session.settings), "the settings"),
-            "groups": to_plain(state["param_groups"], "the optimizer's state"),
+            "groups": to_plain(list(groups), "the optimizer's state"),
             "schedulers": [
-                to_plain(scheduler.state_dict(), f"the state of scheduler {k}")
-                for k, scheduler in enumerate(session.schedule.schedulers)
+                to_plain(dict(own), f"the state of scheduler {k}")
+                for k, own in enumerate(schedules)
             ],
-            "reasons": list(stopping.reasons),
+            "reasons": list(session.stopping.reasons),
             "computed": session.computed,
             "held": session.held,
             "metrics": list(session.validator.metrics) if session.validator else [],
-            "plans": known,
+            "plans": list(known),
         }
         write(self.path, tensors, facts)
 
@@ -99,11 +106,19 @@ class Checkpoint:
             CheckpointError: If it is of another training; nothing is changed then.
         """
         tensors, facts = read(self.path, what=_WHAT)
+        ranks = session.ranks
         try:
+            if ranks.have_blocks:
+                tensors = rows_of_block(tensors, _stacked(tensors, session), ranks)
             self._check(session, tensors, facts)
-            state = _optimizer_state(tensors, facts)
-            records = _records(tensors, facts["metrics"])
+            groups = from_plain(facts["groups"])
             schedulers = [from_plain(own) for own in facts["schedulers"]]
+            if ranks.have_blocks:
+                own_groups = session.optimizer.state_dict()["param_groups"]
+                schedulers = [schedule_of_block(own, groups, ranks) for own in schedulers]
+                groups = groups_of_block(groups, own_groups, ranks)
+            state = _optimizer_state(tensors, groups)
+            records = _records(tensors, facts["metrics"])
             reasons, computed = list(facts["reasons"]), list(facts["computed"])
             held, known = [list(own) for own in facts["held"]], list(facts["plans"])
             best = {name: tensors[f"history.{name}"].numpy() for name in ("best", "best_epoch")}
@@ -118,9 +133,8 @@ class Checkpoint:
         for scheduler, own in zip(session.schedule.schedulers, schedulers, strict=True):
             scheduler.load_state_dict(own)
         session.records, session.computed = records, computed
-        ranks = session.ranks
         is_same = len(known) == ranks.block.num_places and len(held) == ranks.block.num_blocks
-        session.held = held if is_same else ranks.blocks()
+        session.held = held if is_same and ranks.have_all else ranks.blocks()
         session.stopping.reasons = reasons
         session.stopping.best, session.stopping.best_epoch = best["best"], best["best_epoch"]
         for k, generator in enumerate(session.batches.generators):
@@ -193,12 +207,41 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
-def _optimizer_state(tensors: Mapping[str, Tensor], facts: Any) -> dict[str, Any]:
+def _tensors(session: Session) -> dict[str, Tensor]:
+    """All tensors of a training, by the names that they have in the file."""
+    return {
+        **{f"ensemble.{name}": t for name, t in _own(session.ens).items()},
+        **{f"best.{name}": t for name, t in session.best.items()},
+        **{
+            f"optimizer.{k}.{key}": value
+            for k, values in session.optimizer.state_dict()["state"].items()
+            for key, value in values.items()
+            if isinstance(value, Tensor)
+        },
+        **{
+            f"generator.{k}": generator.get_state()
+            for k, generator in enumerate(session.batches.generators)
+        },
+        **{f"history.{name}": torch.from_numpy(a) for name, a in _arrays(session).items()},
+    }
+
+
+def _stacked(names: Iterable[str], session: Session) -> set[str]:
+    """Those of `_tensors` that have a row for each member at home."""
+    shared = {id(tensor) for tensor in shared_tensors(session.ens).values()}
+    parameters = [p for group in session.optimizer.param_groups for p in group["params"]]
+    own = [f"optimizer.{k}." for k, p in enumerate(parameters) if id(p) not in shared]
+    rows = session.ens.stacked_tensors()
+    exact = {f"{kind}.{name}" for kind in ("ensemble", "best") for name in rows}
+    return {name for name in names if name in exact or name.startswith(tuple(own))}
+
+
+def _optimizer_state(tensors: Mapping[str, Tensor], groups: Any) -> dict[str, Any]:
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in _part(tensors, "optimizer.").items():
         place, _, key = name.partition(".")
         state.setdefault(int(place), {})[key] = tensor
-    return {"state": state, "param_groups": from_plain(facts["groups"])}
+    return {"state": state, "param_groups": groups}
 
 
 def _arrays(session: Session) -> dict[str, Array]:
