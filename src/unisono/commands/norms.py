@@ -135,4 +135,5 @@ def remarks(found: Norms, checksums: Sequence[int] = ()) -> list[str]:
 def _squares(x: Tensor) -> Array:
     """The sum of squares of each row."""
     parts = (torch.view_as_real(x).flatten(1) if x.is_complex() else x).numpy()
-    return np.einsum("ij,ij->i", parts, parts)  # without a copy, unlike `square`
+    found: Array = np.einsum("ij,ij->i", parts, parts)  # without a copy, unlike `square`
+    return found
