@@ -657,14 +657,20 @@ class Ensemble(nn.Module):
 
     def _tell_what_is_left_out(self) -> None:
         registered = named_tensors(self.members)
-        names = sorted(self.stacked_tensors().keys() - registered.keys())
-        if names:
-            warnings.warn(
-                f"ens.save: the file leaves out what forward keeps in plain attributes"
-                f" ({', '.join(f'`{name}`' for name in names)}); make it a buffer",
-                EnsembleWarning,
-                stacklevel=3,
-            )
+        kept = sorted(self.stacked_tensors().keys() - registered.keys())
+        extra = [
+            f"{path}.get_extra_state()" if path else "get_extra_state()"
+            for path, module in self._planner.pool.module.named_modules()
+            if type(module).get_extra_state is not nn.Module.get_extra_state
+        ]
+        for names, what in ((kept, "forward keeps in plain attributes"), (extra, "modules add")):
+            if names:
+                warnings.warn(
+                    f"ens.save: the file leaves out what {what}"
+                    f" ({', '.join(f'`{name}`' for name in names)}); make it a buffer",
+                    EnsembleWarning,
+                    stacklevel=3,
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the followers, which are tied to this very ensemble."""

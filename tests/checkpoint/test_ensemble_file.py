@@ -344,6 +344,19 @@ def test_what_forward_keeps_in_attributes_is_told(tmp_path):
     assert Ensemble.load(tmp_path / "f", Keeps)(torch.randn(2, 2)).shape == (2, 2, 2)
 
 
+def test_extra_state_is_told(tmp_path):
+    class Counted(nn.Linear):
+        def get_extra_state(self):
+            return {"calls": 3}
+
+        def set_extra_state(self, state):
+            pass
+
+    ens = Ensemble.build(lambda: nn.Sequential(Counted(2, 2)), 2)
+    with pytest.warns(EnsembleWarning, match=r"what modules add \(`0.get_extra_state\(\)`\); make"):
+        ens.save(tmp_path / "f")
+
+
 def test_saving_leaves_the_ensemble_alone(tmp_path):
     ens = Ensemble.build(make_net, 3)
     ens(torch.randn(5, 4)).sum().backward()

@@ -228,7 +228,7 @@ def test_everything_that_doesn_t_fit_is_listed(tmp_path, models):
         Ensemble.from_checkpoints(make_net, [*paths, tmp_path])
     advice = "make_model=lambda: Model().to(torch.float64) makes it so"
     lines = str(caught.value).splitlines()
-    assert lines[0] == "Ensemble.from_checkpoints: 6 problems in 4 files:"
+    assert lines[0] == "Ensemble.from_checkpoints: what doesn't fit, in 4 files:"
     assert lines[2:6] == [
         f"  {paths[1]}: `1.bias` is missing",
         f"  {paths[1]}: `more` is unexpected, the model has no tensor of that name",

@@ -58,7 +58,7 @@ def gather(
             problems += found
     if problems:
         raise CheckpointError(
-            f"Ensemble.from_checkpoints: {len(problems)} problems in {len(paths)} files:\n\n"
+            f"Ensemble.from_checkpoints: what doesn't fit, in {len(paths)} files:\n\n"
             f"{list_facts(problems)}"
         )
     return tree
