@@ -358,6 +358,26 @@ def test_the_loop_keeps_recurrent_layers_whole() -> None:
     ens = Ensemble([nn.LSTM(3, 2, batch_first=True) for _ in range(2)], strategy="loop").eval()
     program = export.program(ens, torch.randn(4, 5, 3))
     assert ops_of(program).count("lstm") == 2
+    x = torch.randn(2, 5, 3)
+    torch.testing.assert_close(program.module()(x)[0], ens(x)[0])
+    again = export.program(ens, torch.randn(4, 5, 3)).module()  # nothing of the export stayed
+    torch.testing.assert_close(again(x)[0], ens(x)[0])
+
+
+@pytest.mark.parametrize("name", ["reassigned-buffer", "plain-attributes"])
+@pytest.mark.filterwarnings("ignore:.*forward assigns the attribute:unisono.EnsembleWarning")
+def test_the_loop_writes_buffers_too(name: str) -> None:
+    ens, (x,), _ = exported_case(name)
+    ens.train()
+    ens.strategy = "loop"
+    state = dict(vars(ens.members))
+    program = torch.export.export(ens, (x,))
+    assert vars(ens.members).keys() == state.keys()
+    torch.testing.assert_close(export.program(ens, x).module()(x), program.module()(x))
+    if name == "reassigned-buffer":
+        module = export.program(ens, x).module()
+        for _ in range(2):
+            torch.testing.assert_close(module(x), ens(x))
 
 
 def test_shared_parts_are_in_it_once() -> None:

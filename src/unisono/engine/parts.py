@@ -185,13 +185,13 @@ def join_trees(what: str, trees: Sequence[Any], join: Callable[[list[Tensor]], T
     def combine(path: str, column: list[Any]) -> Any:
         first = column[0]
         if all(isinstance(leaf, Tensor) for leaf in column):
-            shapes = dict.fromkeys(tuple(leaf.shape) for leaf in column)
             try:
                 return join(column)
             except RuntimeError as error:
+                shapes = dict.fromkeys(str(tuple(leaf.shape)) for leaf in column)
                 raise EnsembleError(
                     f"ens(...): {what}{path} can't be stacked: the members return tensors of"
-                    f" shapes {', '.join(map(str, shapes))}; pad them to one shape in forward, or"
+                    f" shapes {', '.join(shapes)}; pad them to one shape in forward, or"
                     f" call the members one by one: [member(x) for member in ens]"
                 ) from error
         if (

@@ -41,7 +41,7 @@ from unisono.engine.pool import Pool
 from unisono.engine.store import store
 from unisono.engine.template import Template
 from unisono.engine.traced.call import run_traced
-from unisono.engine.traced.exported import run_exported
+from unisono.engine.traced.exported import notes_ops, run_exported
 from unisono.engine.where import caller_level, locate
 from unisono.errors import EnsembleWarning, UnsupportedModelError
 
@@ -102,9 +102,7 @@ class Planner:
         """The outputs of ``call`` for all members; what ``forward`` assigned is stored."""
         if torch.compiler.is_compiling():
             chunk_size = None if options.chunk_size == "auto" else options.chunk_size
-            # The loop needs no rules, and torch.export can note its ops as they are.
-            exports = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-            if exports and options.strategy != "loop":
+            if notes_ops():
                 return run_exported(self.pool, call, options.strategy, chunk_size)
             return run_traced(self.pool, call, options.strategy, chunk_size)
         template = self.pool.take()

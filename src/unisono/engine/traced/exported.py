@@ -65,31 +65,49 @@ def fixed_sizes() -> Iterator[list[FixedSize]]:
 
 def run_exported(pool: Pool, call: Call, strategy: StrategyName, chunk_size: int | None) -> Any:
     """The outputs of ``call`` for all members; what ``forward`` assigns to buffers is written."""
+    plan = Plan("fused" if strategy == "auto" else strategy, chunk_size, "inside torch.export")
     with outside_of_export():
         template = pool.take()
-        try:
-            values = template.values()
-            tensors = _tensors_of((values, call.args, call.kwargs))
-            graph, result = _recorded(template, values, call, tensors, strategy, chunk_size)
-        finally:
-            pool.give_back(template)
-    with torch.fx.traceback.preserve_node_meta():  # the places in the member
-        found = iter(torch.fx.Interpreter(graph).run(*tensors))
-    result = tree_map(lambda leaf: next(found) if _is_value(leaf) else leaf, result)
-    _write(pool, result.assigned, call.n)
+    try:
+        run_one = _run_loop if strategy == "loop" else _run_at_once
+        result = run_one(plan, template, call)
+    finally:
+        pool.give_back(template)
+    _write(pool, result.assigned)
     return result.outputs
 
 
+def notes_ops() -> bool:
+    """Whether this is inside of ``torch.export`` without Dynamo, which runs Python as it is."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
+def _run_loop(plan: Plan, template: Template, call: Call) -> Result:
+    """The members one after another, in sight: there are no rules, and no op is taken apart."""
+    with NativeAttentionOff():
+        return run(plan, template, template.values(), call)
+
+
+def _run_at_once(plan: Plan, template: Template, call: Call) -> Result:
+    """All members at once, recorded out of sight and run once more in sight."""
+    values = template.values()
+    tensors = _tensors_of((values, call.args, call.kwargs))
+    with outside_of_export():
+        graph, result = _recorded(plan, template, values, call, tensors)
+    with torch.fx.traceback.preserve_node_meta():  # the places in the member
+        found = iter(torch.fx.Interpreter(graph).run(*tensors))
+    filled: Result = tree_map(lambda leaf: next(found) if _is_value(leaf) else leaf, result)
+    return filled
+
+
 def _recorded(
+    plan: Plan,
     template: Template,
     values: Sequence[Any],
     call: Call,
     tensors: Sequence[Tensor],
-    strategy: StrategyName,
-    chunk_size: int | None,
 ) -> tuple[torch.fx.GraphModule, Result]:
     """The graph of the call, and its result with the tensors of the recording in it."""
-    plan = Plan("fused" if strategy == "auto" else strategy, chunk_size, "inside torch.export")
     results: list[Result] = []
 
     def fn(*given: Tensor) -> list[Any]:
@@ -136,7 +154,7 @@ def _is_open(size: Any) -> bool:
     return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
 
 
-def _write(pool: Pool, assigned: Sequence[Assigned], n: int) -> None:
+def _write(pool: Pool, assigned: Sequence[Assigned]) -> None:
     """Write what ``forward`` assigned into the buffers, which torch.export notes."""
     for item in assigned:
         if item.kind == "buffer":
