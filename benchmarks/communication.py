@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from benchmarks.collective_bytes import CollectiveBytes
-from unisono import Ensemble, combine, distributed, member_losses, optim, uncertainty
+from benchmarks.scaling_model import OF_EPOCH
+from unisono import Ensemble, combine, distributed, fit, member_losses, optim, uncertainty
 
 N, B, C, FEATURES = 8, 64, 10, 784
 
@@ -49,6 +50,44 @@ def of_a_step(mesh: DeviceMesh, shared: str = "") -> tuple[int, int]:
     assert part.block is not None
     own = numel(part, shared=False) if part.block.num_replicas > 1 else 0
     return bytes_of(step), 4 * (own + numel(part, shared=True))
+
+
+def of_fit(mesh: DeviceMesh, steps: int, epochs: int = 1) -> int:
+    """Bytes of a training by `fit`."""
+    part = distributed.build(make_model, N, mesh, strategy="fused")
+    rows = B * steps
+    data = torch.zeros(rows, FEATURES), torch.zeros(rows, dtype=torch.long)
+    optimizer = optim.Adam(part, lr=1e-3)
+
+    def train() -> None:
+        fit(
+            part,
+            data,
+            loss=F.cross_entropy,
+            optimizer=optimizer,
+            epochs=epochs,
+            batch_size=B,
+            progress=False,
+        )
+
+    return bytes_of(train)
+
+
+def of_a_step_of_fit(mesh: DeviceMesh) -> tuple[int, int]:
+    """Bytes of a further step in an epoch, and how many they are to be: gradients, and flags."""
+    part = distributed.build(make_model, N, mesh)
+    flags = 8 * (3 + len(list(part.parameters())))
+    assert part.block is not None
+    wanted = 4 * numel(part, shared=False) + flags if part.block.num_replicas > 1 else 0
+    return of_fit(mesh, steps=3) - of_fit(mesh, steps=2), wanted
+
+
+def of_an_epoch(mesh: DeviceMesh) -> int:
+    """Bytes of a further epoch, in which nobody is asked for anything; they are pickles."""
+    found = (of_fit(mesh, 2, epochs=5) - of_fit(mesh, 2, epochs=1)) // 4
+    most = OF_EPOCH * -(-N // mesh.size()) + 1000
+    assert found <= most, f"an epoch: {found} bytes, more than {most}"
+    return found
 
 
 def of_answers(mesh: DeviceMesh) -> dict[str, tuple[int, int]]:
@@ -88,8 +127,13 @@ def main() -> None:
     """Measure, compare with the formulas, print."""
     wide = distributed.make_mesh()
     rows = {"step, data=1": of_a_step(wide), "step, data=1, layer 0 shared": of_a_step(wide, "0.*")}
+    rows["step of fit, data=1"] = of_a_step_of_fit(wide)
     if wide.size() % 2 == 0:
-        rows["step, data=2"] = of_a_step(distributed.make_mesh(data=2))
+        replicated = distributed.make_mesh(data=2)
+        rows["step, data=2"] = of_a_step(replicated)
+        rows["step of fit, data=2"] = of_a_step_of_fit(replicated)
+    epoch = of_an_epoch(wide)
+    rows["end of an epoch of fit"] = epoch, epoch
     rows |= of_answers(wide)
     for name, (found, wanted) in rows.items():
         assert found == wanted, f"{name}: {found} bytes, not {wanted}"
