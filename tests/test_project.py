@@ -78,6 +78,7 @@ def test_importing_changes_nothing():
 
 PUBLIC_MODULES = (
     "unisono",
+    "unisono.batch_prediction",
     "unisono.calibration",
     "unisono.combine",
     "unisono.estimators",
