@@ -25,6 +25,6 @@ from unisono.training.clipping import clip_grad_value_ as clip_grad_value_
 from unisono.training.fit import fit as fit
 from unisono.training.history import History as History
 from unisono.training.losses import member_losses as member_losses
-from unisono.training.session import EpochEnd as EpochEnd
+from unisono.training.schedule import EpochEnd as EpochEnd
 
 __version__ = "0.1.0"

@@ -3,8 +3,8 @@
 Every rank computes the same number from what these return, a loss for instance, and the gradient of
 that one number is what reaches a rank's own part. So `all_sum` and `gather_rows` send nothing in
 the backward pass; where their result is used with a rank's own part once more, `each_uses` sums the
-gradients of these uses. (`torch.distributed.nn.functional` adds up the gradients of one loss per rank
-instead, and is deprecated.)
+gradients of these uses. (`torch.distributed.nn.functional` adds up the gradients of one loss per
+rank instead, and is deprecated.)
 """
 
 from __future__ import annotations
@@ -114,6 +114,23 @@ def gather_rows(rows: Tensor, group: ProcessGroup) -> Tensor:
     counts = rows_of_ranks(rows, group)
     found: Tensor = _Gather.apply(rows, counts, group)  # type: ignore[no-untyped-call]
     return found
+
+
+def gather_values(rows: Tensor, group: ProcessGroup) -> Tensor:
+    """What `gather_rows` gives, of any dtype, bit by bit and without a gradient.
+
+    Shape:
+        - rows: (n, *)
+        - returns: (N, *), with N the sum over the ranks
+    """
+    own = rows.detach()
+    size = own[:0].flatten(1).shape[1] if own.dim() > 1 else 1
+    if not size:
+        return own.new_empty(sum(rows_of_ranks(own, group)), *own.shape[1:])
+    # As bytes, since a backend doesn't send every dtype.
+    sent = own.contiguous().reshape(len(own), size).view(torch.uint8)
+    found = gather_rows(sent, group).view(own.dtype)
+    return found.reshape(len(found), *own.shape[1:])
 
 
 def rows_of_ranks(rows: Tensor, group: ProcessGroup) -> list[int]:

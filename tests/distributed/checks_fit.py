@@ -350,6 +350,9 @@ def ranks_with_different_data_or_settings(mesh):
         Training(mesh, train=(other, y[:60]))
     with refused(EnsembleError, "rank 1, seed: 1; rank 0 has 0"):
         Training(mesh, seed=rank)
+    with refused(EnsembleError, "rank 1: `0.weight` has other values than on rank 0", "seed=0"):
+        ens = Ensemble.build(network, N, seed=rank)
+        fit(ens, (x, y), optimizer=optim.Adam(ens), mesh=mesh, **OPTIONS)
     with refused(EnsembleError, "values of the param groups"):
         Training(mesh, lr=0.1 + rank)
 

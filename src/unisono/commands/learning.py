@@ -16,7 +16,7 @@ from unisono import Ensemble, EnsembleWarning, fit, optim
 from unisono.commands.data import Split, hold_out
 from unisono.commands.models import MakeModel
 from unisono.training.history import History
-from unisono.training.session import EpochEnd
+from unisono.training.schedule import EpochEnd
 
 _TEST_BATCH: Final = 500
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
-from unisono.collectives import gather_rows
+from unisono.collectives import gather_values
 from unisono.optim.groups import Group, join, pick
 from unisono.training.ranks import Ranks
 
@@ -35,13 +34,9 @@ def rows_of_all(
     assert group is not None
     found = dict(tensors)
     for name in (name for name in tensors if name in stacked):
-        own = tensors[name].detach()
-        # As bytes, since a backend doesn't send every dtype.
-        rows = own.contiguous().reshape(len(own), own[0].numel()).view(torch.uint8)
-        every = gather_rows(rows, group) if own.numel() else rows
+        every = gather_values(tensors[name], group)
         if ranks.is_first:
-            shape = ranks.block.num_members, *own.shape[1:]
-            found[name] = every.cpu().view(own.dtype).reshape(shape)
+            found[name] = every.cpu()
     return found
 
 

@@ -21,7 +21,8 @@ from unisono.training.rank_checks import check_ranks, prepared
 from unisono.training.ranks import Ranks
 from unisono.training.resume import Checkpoint
 from unisono.training.sampling import Sampling, as_sampling
-from unisono.training.session import Callback, Schedule, ScheduleEvery, Scheduler, Session
+from unisono.training.schedule import Callback, Schedule, ScheduleEvery, Scheduler
+from unisono.training.session import Session
 from unisono.training.steps import Recipe
 from unisono.training.stopping import Stopping
 from unisono.training.validation import Metric, Validator

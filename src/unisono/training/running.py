@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from unisono.block import Block
-from unisono.collectives import broadcast_first, gather_rows
+from unisono.collectives import broadcast_first, gather_values
 from unisono.ensemble import Ensemble
 from unisono.optim import MemberOptimizer
 from unisono.rows import copy_rows
@@ -167,12 +167,7 @@ def gather_members(
     Shape:
         - tensor: (N, *)
     """
-    if not tensor.numel():
-        return
-    # As bytes, since a backend doesn't send every dtype.
-    rows = tensor.detach()[list(own)].contiguous().reshape(len(own), tensor[0].numel())
-    sent = gather_rows(rows.view(torch.uint8), group)
-    found = sent.view(tensor.dtype).reshape(len(order), *tensor.shape[1:])
+    found = gather_values(tensor.detach()[list(own)], group)
     copy_rows({"": tensor}, order, {"": found}, range(len(order)))
 
 

@@ -7,7 +7,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,93 +24,13 @@ from unisono.training.history import Array, EpochRecord, History, Validation, ma
 from unisono.training.progress import Progress
 from unisono.training.ranks import Ranks
 from unisono.training.running import Running, shared_tensors
+from unisono.training.schedule import EpochEnd, Schedule, member_rates
 from unisono.training.seeding import random_numbers_of
 from unisono.training.snapshot import Snapshot, finite_members
 from unisono.training.steps import Recipe, train_epoch
 from unisono.training.stopping import Stopping
+from unisono.training.trained import Trained, losses_of_all
 from unisono.training.validation import Validator, validation_of
-
-ScheduleEvery = Literal["epoch", "step"]
-
-
-class Scheduler(Protocol):
-    """What `torch.optim.lr_scheduler` has."""
-
-    def step(self, *args: Any) -> None:
-        """Set the rates for what comes next."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where it stands."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
-
-
-@dataclass(frozen=True, eq=False)
-class EpochEnd:
-    """What a callback gets when an epoch is done.
-
-    Args:
-        epoch: Its number, counted from 0.
-        ensemble: The whole ensemble, as the epoch left it; where members are spread over ranks and
-            `fit` was given a block of them, that block. It may be changed, on all ranks alike.
-        optimizer: Its optimizer, whose param groups may be changed.
-        history: All epochs so far.
-        running: The members that go on.
-
-    Example:
-        >>> def stop_when_good(end: EpochEnd) -> bool:
-        ...     return bool((end.history.loss[-1] < 0.1).all())
-        >>> callbacks = [stop_when_good]  # for `fit`
-    """
-
-    epoch: int
-    ensemble: Ensemble
-    optimizer: MemberOptimizer
-    history: History
-    running: tuple[int, ...]
-
-
-Callback = Callable[[EpochEnd], object]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """What happens between the steps and the epochs.
-
-    Args:
-        epochs: How many.
-        seed: Of the order of the data and of all random numbers.
-        schedulers: Of the optimizer's rates.
-        every: When they step.
-        callbacks: Called after each epoch; one that returns True ends the training.
-    """
-
-    epochs: int
-    seed: int
-    schedulers: Sequence[Scheduler]
-    every: ScheduleEvery
-    callbacks: Sequence[Callback]
-
-
-@dataclass(frozen=True, eq=False)
-class Trained:
-    """What came of an epoch on one rank.
-
-    Args:
-        members: Those that trained there.
-        losses: Their mean losses; of replicas, each one's part of them.
-        finite: Whether losses and parameters are numbers.
-        rows: How many rows each has seen; None if nobody trained.
-
-    Shape:
-        - losses, finite: (n) for n members
-    """
-
-    members: list[int]
-    losses: Array
-    finite: Array
-    rows: int | None
 
 
 @dataclass
@@ -244,13 +164,7 @@ class Session:
         before = Snapshot(running.ens, running.optimizer)
         here = self.ranks.together(lambda: self._train_here(epoch, running, bar))
         found = self.ranks.gather(here)
-        _check_rows(epoch, [each.rows for each in found])
-        losses = np.full(self.num_members, np.nan)
-        finite = np.ones(self.num_members, bool)
-        for k, block in enumerate(self.ranks.first_replicas(found)):
-            replicas = found[k * self.ranks.block.num_replicas :][: self.ranks.block.num_replicas]
-            losses[block.members] = sum(each.losses for each in replicas)
-            finite[block.members] = np.all([each.finite for each in replicas], axis=0)
+        losses, finite = losses_of_all(epoch, found, self.ranks.block)
         frozen = [i for i in self.computed if self.stopping.reasons[i]]
         lost = [i for i in self.computed if not (finite[i] or i in frozen)]
         if lost:
@@ -352,24 +266,3 @@ class Session:
         )
         ends = self.ranks.together(lambda: [call(end) for call in self.schedule.callbacks])
         return any(self.ranks.gather(any(each is True for each in ends)))
-
-
-def member_rates(optimizer: torch.optim.Optimizer, num_members: int) -> Array:
-    """The learning rate of each member, that of the first parameters if there are several.
-
-    Shape:
-        - returns: (N)
-    """
-    groups: Sequence[Mapping[str, Any]] = optimizer.param_groups
-    own = [float(group["lr"]) for group in groups if group["member"] is not None]
-    return np.array(own[:num_members] if own else [float(groups[0]["lr"])] * num_members)
-
-
-def _check_rows(epoch: int, rows: Sequence[int | None]) -> None:
-    """Raise, on all ranks alike, if their loaders gave different numbers of rows."""
-    if len({count for count in rows if count is not None}) > 1:
-        raise EnsembleError(
-            f"fit: members on all ranks see the same data, but in epoch {epoch} the ranks saw"
-            f" {', '.join(map(str, rows))} rows; let the loader give every rank all rows, or pass"
-            f" mesh=None to train an ensemble of its own on each"
-        )
