@@ -22,15 +22,14 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    start = time.monotonic()
-    Job(folder, pause=0.2).finish(100)
-    return folder, time.monotonic() - start
+    Job(folder).finish(100)
+    return folder
 
 
 def test_a_rank_that_is_killed_in_an_epoch(undisturbed, tmp_path):
     said = Job(tmp_path, fault="kill:1:5").finish(100)
     assert "exitcode: -9" in said
-    assert_equal(tmp_path, undisturbed[0])
+    assert_equal(tmp_path, undisturbed)
 
 
 @pytest.mark.slow
@@ -38,25 +37,26 @@ def test_a_rank_that_is_killed_in_an_epoch(undisturbed, tmp_path):
 def test_a_rank_that_is_killed_somewhere_else(undisturbed, tmp_path, fault):
     said = Job(tmp_path, fault=fault).finish(100)
     assert "exitcode: -9" in said
-    assert_equal(tmp_path, undisturbed[0])
+    assert_equal(tmp_path, undisturbed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", list(range(20)))
 def test_a_rank_that_is_killed_at_a_random_moment(undisturbed, tmp_path, seed, record_property):
     draw = random.Random(seed)
-    folder, seconds = undisturbed
     for attempt in range(10):
-        job = Job(tmp_path / str(attempt), pause=0.2)
-        time.sleep(draw.uniform(0, seconds))
-        while job.process.poll() is None and not job.workers():
-            time.sleep(0.05)
+        job = Job(tmp_path / str(attempt), pause=0.3)
+        # A quarter of them while the ranks start, the others between two checkpoints.
+        mark = job.folder / ("pid-0" if seed % 4 == 0 else "training")
+        while job.process.poll() is None and not mark.exists():
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0, 2 if seed % 4 == 0 else 12 * 0.3))
         workers = job.workers()
         if workers:
+            record_property("checkpoint", (job.folder / "training").exists())
             os.kill(draw.choice(workers), signal.SIGKILL)
-            record_property("after the first checkpoint", (job.folder / "training").exists())
         said = job.finish(100)
-        assert_equal(job.folder, folder)
+        assert_equal(job.folder, undisturbed)
         if "exitcode: -9" in said:
             return
     pytest.fail("the job has always ended before")
@@ -69,7 +69,7 @@ def test_a_rank_that_hangs(undisturbed, tmp_path, rank):
     assert f"fit: rank {1 - rank} has no answer from the others" in said
     assert "Timed out waiting 5000ms" in said
     assert "forcefully exiting via 9" in said  # half a minute later; a stopped process takes no 15
-    assert_equal(tmp_path, undisturbed[0])
+    assert_equal(tmp_path, undisturbed)
 
 
 @pytest.mark.slow
@@ -97,7 +97,7 @@ def test_a_machine_that_loses_its_network(undisturbed, tmp_path):
         set_link(networks[1], "up")
         for rank, job in enumerate(jobs):
             assert f"fit: rank {rank} has no answer from the others" in job.finish(150)
-    assert_equal(tmp_path, undisturbed[0])
+    assert_equal(tmp_path, undisturbed)
 
 
 # The name of a start, which ranks agree on in a store that dead ones have written to ------------
