@@ -3,8 +3,8 @@
 ``FAULT`` in the environment is what happens to it, once in the life of a job: ``KIND:RANK:EPOCH``
 with the kinds ``kill`` and ``stop`` in the middle of an epoch, ``write``, a kill while the
 checkpoint of that epoch is written, and ``end``, a kill after the training. ``SECONDS`` is how long
-ranks wait for each other, ``PAUSE`` how much longer an epoch takes. What came of it is in the file
-``OUT/RANK``, the checkpoint in ``OUT/training``.
+ranks wait for each other, ``PAUSE`` how much longer an epoch takes, ``DATA`` how many replicas.
+What came of it is in the file ``OUT/RANK``, the checkpoint in ``OUT/training``.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class Fault:
 def main():
     fault = Fault()
     (OUT / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
-    mesh = distributed.make_mesh(timeout=timedelta(seconds=float(os.environ["SECONDS"])))
+    timeout = timedelta(seconds=float(os.environ["SECONDS"]))
+    mesh = distributed.make_mesh(data=int(os.environ.get("DATA", "1")), timeout=timeout)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(80, 6, generator=generator)
     y = x[:, :3].argmax(1)

@@ -73,6 +73,16 @@ def test_a_rank_that_hangs(undisturbed, tmp_path, rank):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fault", ["kill:1:5", "stop:0:5"])
+def test_a_replica_that_dies_or_hangs(tmp_path, fault):
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    Job(undisturbed, environment={"DATA": "2"}).finish(100)
+    said = Job(disturbed, fault=fault, seconds=5, environment={"DATA": "2"}).finish(150)
+    assert "has no answer from the others" in said
+    assert_equal(disturbed, undisturbed)
+
+
+@pytest.mark.slow
 def test_a_machine_that_loses_its_network(undisturbed, tmp_path):
     with two_networks() as networks:
         jobs = [
