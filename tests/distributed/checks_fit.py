@@ -108,6 +108,8 @@ def every_sampling_trains_the_members_of_one_process(mesh):
 def members_stop_early_and_the_rest_is_spread_over_the_ranks(mesh):
     found = same(mesh, sampling="shuffled", patience=2, max_grad_norm=[1.0] * N, epochs=20)
     assert found.history.stopped.count("patience") >= 4
+    # Members 2 and 3 move after their best epoch: their best weights come along.
+    same(mesh, lr=[0.3] * 4 + [1.0] * 3, sampling="shuffled", patience=2, epochs=20)
 
 
 def a_rank_may_have_no_member_left(mesh):
