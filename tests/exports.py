@@ -46,7 +46,7 @@ NOT_ONNX: Final = {
     "pooling-rare": "fractional_max_pool2d|clamp",
     "embedding-bag": "computes something else than the ensemble.*outputs.9",  # where each lies
 }
-NOT_PACKAGED: Final = {**NOT_TRACED}
+NOT_PACKAGED: Final = {**NOT_TRACED, "complex": "AOTInductor compiles no complex numbers"}
 
 
 def exported_case(name: str, dtype: torch.dtype = torch.float64) -> tuple[Ensemble, Any, Any]:

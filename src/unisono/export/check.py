@@ -66,6 +66,23 @@ def batches(ens: Ensemble, example: Example, combination: CombinationName | None
     return found
 
 
+def check_real(example: Example, batch: Batch, why: str) -> None:
+    """Raise where inputs or outputs are complex numbers.
+
+    Args:
+        example: The example of the export.
+        batch: Its example batch.
+        why: What can't be done with complex numbers, and why.
+    """
+    tensors = {**example.by_name(batch.tensors), **tensors_of(batch.expected)}
+    names = [f"`{name}`" for name, tensor in tensors.items() if tensor.is_complex()]
+    if names:
+        raise ExportError(
+            f"{example.call}: {', '.join(names)}: {why}; torch.view_as_real in forward makes real"
+            f" ones of them. export.program exports them as they are"
+        )
+
+
 def check(
     example: Example,
     given: Sequence[Batch],

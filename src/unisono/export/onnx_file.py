@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 
 from unisono.ensemble import Ensemble
 from unisono.errors import ExportError
-from unisono.export.check import Batch, batches, check, ports, tensors_of
+from unisono.export.check import Batch, batches, check, check_real, ports, tensors_of
 from unisono.export.combined import CombinationName, check_name
 from unisono.export.failures import check_eval, first_words, place_of
 from unisono.export.inputs import BatchAxes, Example, example_of
@@ -99,7 +99,9 @@ def onnx(
     example = _renamed(example, input_names)
     given = _renamed_outputs(call, batches(ens, example, combination), output_names)
     first, last = given[0], given[-1]
-    _check_tensors(example, first)
+    check_real(example, first, "ONNX has no complex numbers")
+    if not tensors_of(first.expected):
+        raise ExportError(f"{call}: the ensemble returns no tensor")
     program = flat_program(ens, example, combination)
     names = list(tensors_of(first.expected))
     model = _converted(call, program, [i.name for i in example.inputs], names, opset)
@@ -152,19 +154,6 @@ def _renamed_outputs(call: str, given: list[Batch], names: Sequence[str] | None)
         batch._replace(expected={other.get(k, k): v for k, v in batch.expected.items()})
         for batch in given
     ]
-
-
-def _check_tensors(example: Example, batch: Batch) -> None:
-    """Raise where there is no tensor, or complex numbers, which ONNX doesn't know."""
-    if not tensors_of(batch.expected):
-        raise ExportError(f"{example.call}: the ensemble returns no tensor")
-    tensors = {**example.by_name(batch.tensors), **tensors_of(batch.expected)}
-    names = [f"`{name}`" for name, tensor in tensors.items() if tensor.is_complex()]
-    if names:
-        raise ExportError(
-            f"{example.call}: {', '.join(names)}: ONNX has no complex numbers; torch.view_as_real"
-            f" in forward makes real ones of them. export.package and export.program export them"
-        )
 
 
 def _converted(

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from unisono.ensemble import Ensemble
 from unisono.errors import ExportError
-from unisono.export.check import batches, check, ports, tensors_of
+from unisono.export.check import batches, check, check_real, ports, tensors_of
 from unisono.export.combined import CombinationName, check_name
 from unisono.export.failures import check_eval, first_words
 from unisono.export.inputs import BatchAxes, example_of
@@ -71,8 +71,10 @@ def package(
         raise ValueError(f"{call}: the file is a .pt2 file; got {target.name!r}")
     ens = snapshot(ens)
     example = example_of(call, ens[0], args, kwargs, batch_axes)
-    program = structured_program(ens, example, combination, tensors_only=True)
     given = batches(ens, example, combination)
+    first, last = given[0], given[-1]
+    check_real(example, first, "AOTInductor compiles no complex numbers")
+    program = structured_program(ens, example, combination, tensors_only=True)
     with tempfile.TemporaryDirectory() as folder:
         # Compiled elsewhere: the compiler asks for a name of its own, and loading unpacks it.
         compiled = Path(folder) / target.name
@@ -81,7 +83,15 @@ def package(
 
         def run(tensors: list[Tensor]) -> list[Tensor]:
             own_args, own_kwargs = example.unmarked(iter(tensors))
-            return list(tensors_of(named(loaded(*own_args, **own_kwargs))).values())
+            try:
+                outputs = loaded(*own_args, **own_kwargs)
+            except RuntimeError as error:
+                raise ExportError(
+                    f"{call}: AOTInductor has compiled this, but it can't be run:"
+                    f" {first_words(error)}. export.onnx, and torch.export.save of export.program,"
+                    f" do without it"
+                ) from error
+            return list(tensors_of(named(outputs)).values())
 
         difference = check(
             example,
@@ -93,7 +103,6 @@ def package(
         )
         with replacing(target) as new:
             shutil.copyfile(compiled, new)
-    first, last = given[0], given[-1]
     return Export(
         path=target,
         kind=f"AOTInductor, {_device(ens).type}",

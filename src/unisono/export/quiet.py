@@ -13,6 +13,4 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
-        # It runs them as torch does.
-        warnings.filterwarnings("ignore", message="Torchinductor does not support .* complex")
         yield
