@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -62,6 +63,19 @@ def largest_difference(found, wanted):
         assert found == wanted
         return 0.0
     return abs(found - wanted)
+
+
+@pytest.mark.slow
+def test_saved_on_four_ranks_and_resumed_on_one_two_three_and_seven(tmp_path):
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    run_ranks("resumed", "interrupt", str(saved), ranks=4, folder=tmp_path)
+    (wanted,) = run_ranks("resumed", "whole", str(saved), ranks=1, folder=tmp_path)
+    for ranks in (1, 2, 3, 7):
+        copy = tmp_path / str(ranks + 10)
+        shutil.copytree(saved, copy)
+        for found in run_ranks("resumed", "resume", str(copy), ranks=ranks, folder=tmp_path):
+            assert largest_difference(found, wanted) <= 1e-10
 
 
 @pytest.mark.slow
