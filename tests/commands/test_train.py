@@ -9,7 +9,7 @@ from rich.console import Console
 
 from unisono.commands.data import LOADERS
 from unisono.commands.outcome import ArgumentError
-from unisono.commands.run_folder import PLAN, RUN, TEST_OUTPUTS, RunFolder
+from unisono.commands.run_folder import ENSEMBLE, PLAN, RUN, TEST_OUTPUTS, RunFolder
 from unisono.commands.train import CURVES, METRICS, PICTURE, SWEEP, TrainRequest, run_train
 
 KEYS = {
@@ -114,7 +114,7 @@ def test_the_notes_name_who_stopped(tmp_path):
     )
     assert report.metrics["lr"] == [1e30, 0.1, 0.01, 0.3]
     files = {file.name for file in report.files}
-    assert files == {METRICS, PICTURE, CURVES, SWEEP, RUN, TEST_OUTPUTS, PLAN}
+    assert files == {METRICS, PICTURE, CURVES, SWEEP, RUN, TEST_OUTPUTS, PLAN, ENSEMBLE}
 
 
 def test_a_run_is_taken_up_where_it_stood(tmp_path):
