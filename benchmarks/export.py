@@ -71,8 +71,8 @@ def main() -> None:
     options = parser.parse_args()
     machine = describe_machine(torch.device("cpu"))
     version = importlib.metadata.version("onnxruntime")
-    print(f"{machine['cpu']}, {torch.get_num_threads()} threads, Python {machine['python']}, torch")
-    print(f"{machine['torch']}, onnxruntime {version}; milliseconds, medians\n")
+    print(f"{machine['cpu']}, {torch.get_num_threads()} threads, Python {machine['python']}")
+    print(f"torch {machine['torch']}, onnxruntime {version}; milliseconds, medians\n")
     print(f"| case | {' | '.join(COLUMNS)} | loop / onnxruntime | {UNISONO} / onnxruntime ", end="")
     print(f"| {UNISONO} / .pt2 | onnxruntime differs by |\n{'|---' * (len(COLUMNS) + 5)}|")
     exports = []
