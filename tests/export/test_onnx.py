@@ -91,9 +91,8 @@ def convolutional() -> nn.Module:
     return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(80, 2))
 
 
-@pytest.mark.parametrize(
-    "memory_format", ["channels_last", pytest.param("transposed", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("memory_format", ["channels_last", "transposed"])
 def test_the_order_of_the_weights_in_memory_is_no_matter(memory_format: Any, path: Path) -> None:
     torch.manual_seed(0)
     ens = Ensemble([convolutional() for _ in range(3)]).eval()
@@ -190,23 +189,34 @@ def test_per_member_inputs_keep_their_member_axis(path: Path) -> None:
 # Combinations
 
 
-def test_combinations(path: Path) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["uncertainty", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mean", "vote"))],
+)
+def test_combinations(name: Any, path: Path) -> None:
     ens = linear_ensemble()
-    ens.combination.set(weights=[0.2, 0.3, 0.5], temperatures=[0.5, 1.0, 2.0])
+    weights = [0.2, 0.3, 0.5]
+    ens.combination.set(weights=weights)
     logits = ens(X).detach()
+    want = {
+        "mean": {"outputs": combine.weighted(logits, weights)},
+        "vote": {"outputs": combine.vote(logits)},
+        "uncertainty": uncertainty.classification(logits, weights=weights)._asdict(),
+    }[name]
+    written = export.onnx(ens, X[:2], path, combination=name)
+    assert [port.name for port in written.outputs] == list(want)
+    torch.testing.assert_close(run(path, input=X), list(want.values()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fitted", [False, True])
+def test_probabilities(fitted: bool, path: Path) -> None:
+    ens = linear_ensemble()
+    if fitted:
+        ens.combination.set(weights=[1, 2, 3], temperatures=[0.5, 1.0, 2.0], pooled_temperature=0.7)
     export.onnx(ens, X[:2], path, combination="probabilities")
-    torch.testing.assert_close(run(path, input=X)[0], ens.combination.probabilities(logits))
-    export.onnx(ens, X[:2], path, combination="vote")
-    assert torch.equal(run(path, input=X)[0], combine.vote(logits))
-    written = export.onnx(ens, X[:2], path, combination="uncertainty")
-    assert [port.name for port in written.outputs] == list(uncertainty.Uncertainty._fields)
-    scaled = logits / torch.tensor([0.5, 1, 2]).view(3, 1, 1)
-    want = uncertainty.classification(scaled, weights=[0.2, 0.3, 0.5])
-    for got, part in zip(run(path, input=X), want, strict=True):
-        torch.testing.assert_close(got, part)
-    ens.combination.set()
-    export.onnx(ens, X[:2], path, combination="mean")
-    torch.testing.assert_close(run(path, input=X)[0], logits.mean(0))
+    want = ens.combination.probabilities(ens(X).detach())
+    torch.testing.assert_close(run(path, input=X)[0], want)
 
 
 # The report
