@@ -76,6 +76,7 @@ def test_each_weight_is_stored_once(name: str, path: Path) -> None:
     assert floats_in(path) == sum(parameter.numel() for parameter in ens.parameters())
 
 
+@pytest.mark.slow
 def test_a_shared_part_is_stored_and_computed_once(path: Path) -> None:
     trunk = nn.Linear(3, 5)
     models = [nn.Sequential(trunk, nn.ReLU(), nn.Linear(5, 2)) for _ in range(4)]
@@ -164,6 +165,7 @@ def test_names_are_those_of_the_model(path: Path) -> None:
     assert [value.name for value in (*graph.input, *graph.output)] == list("abcde")
 
 
+@pytest.mark.slow
 def test_fields_of_a_dataclass_are_names(path: Path) -> None:
     written = export.onnx(Ensemble([Gaussian() for _ in range(2)]).eval(), X, path)
     assert [port.name for port in written.outputs] == ["mean", "variance"]
@@ -177,6 +179,7 @@ def test_wrong_numbers_of_names(path: Path) -> None:
         export.onnx(ens, X, path, output_names=[])
 
 
+@pytest.mark.slow
 def test_per_member_inputs_keep_their_member_axis(path: Path) -> None:
     ens = linear_ensemble()
     written = export.onnx(ens, per_member(torch.stack([X] * 3)), path)
@@ -239,17 +242,15 @@ def test_the_report_is_frozen_and_prints(path: Path) -> None:
     assert written.num_bytes == path.stat().st_size
 
 
-def test_nothing_of_this_machine_is_in_the_file(path: Path) -> None:
-    export.onnx(linear_ensemble(), X, path)
-    assert b".py" not in path.read_bytes()
-    assert b"/" not in path.read_bytes()
-
-
-def test_nothing_is_printed_or_warned_of(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_printed_and_nothing_of_this_machine_is_in_the_file(
+    path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         export.onnx(linear_ensemble(), X, path)
     assert capfd.readouterr() == ("", "")
+    assert b".py" not in path.read_bytes()
+    assert b"/" not in path.read_bytes()
 
 
 # What fails
@@ -354,6 +355,7 @@ def test_large_weights_lie_beside_the_file(path: Path, monkeypatch: pytest.Monke
     assert list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_large_weights_that_differ_leave_nothing(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
