@@ -509,7 +509,9 @@ def test_several_threads_say_nothing(cancer_run, tables, tmp_path):
 HEAVY = ("matplotlib", "scipy", "setuptools", "sklearn", "skops", "torch._dynamo", "torchmetrics")
 
 
-@pytest.mark.parametrize("source", ["cancer.parquet", "cancer.csv"])
+@pytest.mark.parametrize(
+    "source", ["cancer.parquet", pytest.param("cancer.csv", marks=pytest.mark.slow)]
+)
 def test_nothing_heavy_is_imported(cancer_run, tables, tmp_path, source):
     script = (
         "import json, sys\n"

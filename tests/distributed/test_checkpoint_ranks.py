@@ -18,6 +18,7 @@ def four_ranks(tmp_path_factory):
     return run_checks("checks_checkpoint", 2, 4, tmp_path_factory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [check.__name__ for check in checks_checkpoint.CHECKS])
 def test_four_ranks(four_ranks, name):
     assert_passed(four_ranks, name)

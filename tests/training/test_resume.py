@@ -280,6 +280,7 @@ def _threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_threads")
 def test_killed_twice_and_resumed(tmp_path):
     assert kill_and_resume(tmp_path, 2, epochs=60) == 2
