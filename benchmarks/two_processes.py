@@ -40,7 +40,7 @@ CASES: Final[Mapping[str, EpochCase]] = {
     ),
     "tiny": EpochCase("1000 x 8-32-32-10, B 16", lambda: mlp(8, 32, 32, 10), 1000, (8,), 320, 16),
 }
-EPOCHS: Final = {"tutorial": 20, "tiny": 20}
+EPOCHS: Final = {"tutorial": 10, "tiny": 20}
 TOLERANCE: Final = 1e-9  # in float64, of weights around 0.1
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.two_processes", description=__doc__)
     parser.add_argument("--only", default="", choices=["", *CASES])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, help="20 if it isn't given")
+    parser.add_argument("--epochs", type=int, help="10 or 20 if it isn't given")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)  # case, dtype, folder
     options = parser.parse_args()
     if options.worker:
