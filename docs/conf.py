@@ -30,7 +30,7 @@ napoleon_custom_sections = ["Shape"]
 # signatures; all other names of ours have to resolve.
 nitpick_ignore_regex = [
     (r"py:.*", r"unisono\.engine\..*"),
-    (r"py:.*", r"unisono\.training\.session\.Scheduler"),
+    (r"py:.*", r"unisono\.training\.schedule\.Scheduler"),
     (r"py:.*", r"(torch|numpy|np|nn|collections|pathlib|typing|os|io)\..*"),
     (r"py:.*", r"(Tensor|Module|Callable|Iterable|Iterator|Mapping|Sequence|Any|Literal|Path)"),
     (r"py:.*", r"(Array|Axes|Combine|DeviceMesh|Figure|Mask|Metric|Task|Values)"),

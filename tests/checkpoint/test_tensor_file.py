@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -291,3 +293,37 @@ def test_an_error_names_the_file_that_was_asked_for(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         write(path, {}, "facts")
     assert caught.value.filename == str(path)
+
+
+def test_rows_are_read_by_themselves(tmp_path, monkeypatch):
+    """Through a map, the system would bring megabytes around each of them from the disk."""
+    tensors = {"a": torch.randn(40, 300), "b": torch.randn(40, 2, 5).mT, "c": torch.zeros(40, 0)}
+    write(tmp_path / "f", tensors, "facts", stacked=tensors)
+    taken = []
+
+    def spy(handle, buffers, at):
+        taken.append(sum(len(buffer) for buffer in buffers))
+        return preadv(handle, buffers, at)
+
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", spy)
+    with open_file(tmp_path / "f", what="it") as file:
+        rows = dict(file.read_stacked([7, 39], lambda _: torch.device("cpu")))
+    assert all(torch.equal(rows[name], tensors[name][[7, 39]]) for name in tensors)
+    assert sum(taken) == 2 * (300 + 10) * 4
+
+
+def test_where_the_system_reads_no_rows_the_map_does(tmp_path, monkeypatch):
+    write(tmp_path / "f", {"a": torch.arange(12.0).view(4, 3)}, "facts", stacked=["a"])
+    monkeypatch.delattr(os, "preadv")
+    with open_file(tmp_path / "f", what="it") as file:
+        rows = dict(file.read_stacked([3, 1], lambda _: torch.device("cpu")))
+    assert torch.equal(rows["a"], torch.arange(12.0).view(4, 3)[[3, 1]])
+
+
+def test_a_file_that_another_replaces_while_it_is_read(tmp_path):
+    write(tmp_path / "f", {"a": torch.zeros(4, 3)}, "facts", stacked=["a"])
+    with open_file(tmp_path / "f", what="it") as file:
+        write(tmp_path / "f", {"a": torch.ones(4, 3)}, "facts", stacked=["a"])
+        with pytest.raises(CheckpointError, match="another file took its place while it was read"):
+            list(file.read_stacked([3], lambda _: torch.device("cpu")))

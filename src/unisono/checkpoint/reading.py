@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from unisono.checkpoint.dtypes import DTYPES, dtype_of_bytes, from_stored
+from unisono.checkpoint.row_reading import RowReader
 from unisono.checkpoint.strides import strides_of_rows
 from unisono.checkpoint.writing import (
     CRC,
@@ -39,7 +40,9 @@ from unisono.errors import CheckpointError
 _THREADS: Final = 4
 _CHUNK: Final = 2**22  # bytes that a thread reads, checks and copies at once: they fit its cache
 # What broken content can raise: it is data, so any of these means that the file is at fault.
-_BROKEN: Final = (SafetensorError, ValueError, KeyError, TypeError, IndexError, RuntimeError)
+_BROKEN: Final = (
+    *(SafetensorError, ValueError, KeyError, TypeError, IndexError, RuntimeError, EOFError),
+)
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class TensorFile:
         self.entries: dict[str, Entry] = {}
         self.metadata: dict[str, str] = {}
         self._handle: Any = None
+        self._reader: RowReader | None = None
         self._checks: dict[str, int] = {}
         self.member_checks: Crcs = np.zeros(0, np.uint32)  # (N), of each member's values
         self.stacked: frozenset[str] = frozenset()
@@ -117,6 +121,26 @@ class TensorFile:
         """
         if not self.stacked:
             return
+        if members is not None and RowReader.is_possible():
+            with self._reading_rows():
+                yield from self._read_stacked(members, device_of)
+        else:
+            yield from self._read_stacked(members, device_of)
+
+    @contextmanager
+    def _reading_rows(self) -> Iterator[None]:
+        """Read rows by themselves in the block, and not through the map."""
+        with RowReader(Path(self.name)) as self._reader:
+            try:
+                if self._reader.metadata != self.metadata:
+                    raise self.broken("another file took its place while it was read; try again")
+                yield
+            finally:
+                self._reader = None
+
+    def _read_stacked(
+        self, members: Sequence[int] | None, device_of: Callable[[str], torch.device]
+    ) -> Iterator[tuple[str, Tensor]]:
         count = len(self.member_checks) if members is None else len(members)
         found = np.zeros(count, np.uint32)
         for key in (key for key in self.in_order() if key in self.stacked):
@@ -187,16 +211,15 @@ class TensorFile:
 
     def _copy_rows(self, key: str, out: Tensor, members: Sequence[int] | None) -> Crcs:
         """Copy a tensor, or its rows, and return the checksums of what was read."""
-        source = self.map(key)
         if key not in self.stacked:
+            source = self.map(key)
             out.copy_(source)
             return row_checks(source, stacked=False)
-        rows = range(len(source)) if members is None else members
-        step = max(1, _CHUNK // max(1, source[:1].nbytes))
+        rows = range(len_of(self.entries[key])) if members is None else members
+        step = max(1, _CHUNK // max(1, math.prod(out.shape[1:]) * out.itemsize))
 
         def copy(start: int) -> Crcs:
-            part = rows[start : start + step]
-            taken = source[start : start + step] if members is None else source[list(part)]
+            taken = self._rows(key, rows[start : start + step])
             crcs = row_checks(taken, stacked=True)
             out[start : start + step].copy_(taken)
             return crcs
@@ -206,6 +229,15 @@ class TensorFile:
             return np.concatenate([np.zeros(0, np.uint32), *map(copy, starts)])
         with ThreadPoolExecutor(_THREADS) as threads:
             return np.concatenate(list(threads.map(copy, starts)))
+
+    def _rows(self, key: str, rows: Sequence[int]) -> Tensor:
+        """These rows of a tensor; those of a range lie in the memory of the file."""
+        if self._reader is not None:
+            entry = self.entries[key]
+            with self.making_sense():
+                return self._reader.read(key, entry.shape, entry.dtype, rows)
+        source = self.map(key)
+        return source[rows.start : rows.stop] if isinstance(rows, range) else source[list(rows)]
 
     def _take_notes(self) -> None:
         text = self.metadata[KEY]
