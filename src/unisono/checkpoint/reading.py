@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, Final
 
@@ -74,14 +75,15 @@ class TensorFile:
         self.entries: dict[str, Entry] = {}
         self.metadata: dict[str, str] = {}
         self._handle: Any = None
+        self._raw: Any = None
         self._reader: RowReader | None = None
         self._checks: dict[str, int] = {}
         self.member_checks: Crcs = np.zeros(0, np.uint32)  # (N), of each member's values
         self.stacked: frozenset[str] = frozenset()
 
-    def take(self, handle: Any) -> None:
-        """Look at the header of what the library has opened."""
-        self._handle = handle
+    def take(self, handle: Any, raw: FileIO) -> None:
+        """Look at the header of what the library has opened, and we as well."""
+        self._handle, self._raw = handle, raw
         self.entries = {key: _entry(handle.get_slice(key)) for key in handle.keys()}
         self.metadata = dict(handle.metadata() or {})
         if KEY in self.metadata:
@@ -122,21 +124,12 @@ class TensorFile:
         if not self.stacked:
             return
         if members is not None and RowReader.is_possible():
-            with self._reading_rows():
-                yield from self._read_stacked(members, device_of)
-        else:
+            with self.making_sense():
+                self._reader = RowReader(self._raw)
+        try:
             yield from self._read_stacked(members, device_of)
-
-    @contextmanager
-    def _reading_rows(self) -> Iterator[None]:
-        """Read rows by themselves in the block, and not through the map."""
-        with RowReader(Path(self.name)) as self._reader:
-            try:
-                if self._reader.metadata != self.metadata:
-                    raise self.broken("another file took its place while it was read; try again")
-                yield
-            finally:
-                self._reader = None
+        finally:
+            self._reader = None
 
     def _read_stacked(
         self, members: Sequence[int] | None, device_of: Callable[[str], torch.device]
@@ -287,8 +280,33 @@ def open_file(path: str | os.PathLike[str], *, what: str) -> Iterator[TensorFile
     file = TensorFile(name, what)
     with ExitStack() as stack:
         with file.making_sense():
-            file.take(stack.enter_context(safe_open(path, framework="pt")))
+            file.take(*_open(Path(path), stack))
         yield file
+
+
+def _open(path: Path, stack: ExitStack) -> tuple[Any, FileIO]:
+    """The file as the library opens it, and as it is: both are one, whoever replaces it meanwhile.
+
+    The library opens it twice, by its name.
+    """
+    while True:
+        with ExitStack() as opened:
+            before = _identity(path)
+            try:
+                raw = opened.enter_context(path.open("rb", buffering=0))
+                handle = opened.enter_context(safe_open(path, framework="pt"))
+            except Exception:
+                if _identity(path) == before:
+                    raise
+                continue
+            if _identity(path) == before:
+                stack.enter_context(opened.pop_all())
+                return handle, raw
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def read(path: str | os.PathLike[str], *, what: str) -> tuple[dict[str, Tensor], Any]:

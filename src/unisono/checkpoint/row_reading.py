@@ -10,9 +10,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
-from types import TracebackType
-from typing import Any
+from io import FileIO
 
 import torch
 from torch import Tensor
@@ -21,21 +19,21 @@ from unisono.checkpoint.writing import as_bytes
 
 
 class RowReader:
-    """A safetensors file whose rows are read one by one; it is closed with the ``with`` block.
+    """A safetensors file whose rows are read one by one.
 
     Args:
-        path: The file; the library has opened it, so its header is in order.
+        file: The file, at its beginning; the library has it open, too, so its header is in order.
 
     Raises:
         OSError: If it can't be read.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("rb", buffering=0)
-        length = self._file.read(8)
-        header = json.loads(self._file.read(int.from_bytes(length, "little")))
-        self.metadata: dict[str, Any] = header.pop("__metadata__", {})
-        data = self._file.tell()
+    def __init__(self, file: FileIO) -> None:
+        self._file = file
+        file.seek(0)
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        data = file.tell()
         self._starts = {name: data + entry["data_offsets"][0] for name, entry in header.items()}
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
@@ -72,14 +70,3 @@ class RowReader:
                     raise EOFError(f"it ends within row {row} of `{name}`")
                 piece, at = piece[count:], at + count
         return out
-
-    def __enter__(self) -> RowReader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._file.close()
