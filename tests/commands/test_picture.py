@@ -43,7 +43,7 @@ def draw(count, members, side=28):
     return draw_divided(divided_images(count, members), images, members=members, title="a title")
 
 
-@pytest.mark.parametrize("count", [0, 1, 7, 20, 33])
+@pytest.mark.parametrize("count", [0, 1, 7, 20, pytest.param(33, marks=pytest.mark.slow)])
 def test_one_image_and_one_chart_each(figures, count):
     png = draw(count, members=4)
     pixels = matplotlib.image.imread(io.BytesIO(png), format="png")
@@ -65,7 +65,7 @@ def test_the_votes_and_the_true_class_are_written(figures):
     )
 
 
-@pytest.mark.parametrize("members", [4, 40, 1000])
+@pytest.mark.parametrize("members", [4, 40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_no_text_covers_another(figures, members):
     draw(count=20, members=members)
     figure = figures[0]

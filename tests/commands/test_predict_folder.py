@@ -161,6 +161,7 @@ def predictions(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 def test_killed_at_every_rename_and_resumed(cancer_run, folder, tmp_path, monkeypatch, predictions):
     predict(cancer_run, folder, tmp_path / "whole")
     pieces = len(predictions)

@@ -73,7 +73,7 @@ def test_an_ensemble_beats_its_mean_member(tmp_path):
     assert scores["nll"]["ensemble_mean_probability"] < scores["nll"]["mean_member"]
 
 
-@pytest.mark.parametrize("model", ["cnn", "torchless"])
+@pytest.mark.parametrize("model", ["torchless", pytest.param("cnn", marks=pytest.mark.slow)])
 def test_other_models(tmp_path, monkeypatch, model):
     if model == "torchless":
         (tmp_path / "torchless.py").write_text(
