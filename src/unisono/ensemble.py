@@ -278,7 +278,7 @@ class Ensemble(nn.Module):
 
         Raises:
             OSError: If a file can't be read.
-            CheckpointError: If any file doesn't fit; the message lists all files and tensors.
+            CheckpointError: If any file doesn't fit; its ``problems`` name all files and tensors.
 
         Example:
             >>> import tempfile

@@ -48,7 +48,16 @@ class UnsupportedModelError(EnsembleError, TypeError):
 
 
 class CheckpointError(EnsembleError, ValueError):
-    """A stored or given state doesn't fit the ensemble."""
+    """A stored or given state doesn't fit the ensemble.
+
+    Args:
+        message: The whole text for the user; of many problems it lists the first few.
+        problems: Every problem that was found, in the order of the files, where there may be many.
+    """
+
+    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.problems: tuple[str, ...] = tuple(problems)
 
 
 class ExportError(EnsembleError, RuntimeError):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 
 import pytest
 import torch
@@ -394,3 +396,80 @@ def test_buffers_that_no_file_keeps_have_values_for_all(tmp_path, opened):
     ens = Ensemble.from_checkpoints(Scaled, paths)
     assert torch.equal(ens.members.scale, torch.arange(2.0).expand(5, 2))
     assert set(opened) == {str(paths[0])}
+
+
+@pytest.mark.parametrize("error", [OSError("the disk is gone"), KeyboardInterrupt()])
+def test_an_error_in_one_thread_ends_the_other(tmp_path, monkeypatch, error):
+    paths = write_all(tmp_path, [make_net()] * 100, "safetensors")
+    read = []
+
+    def failing(layout, path, rows, row):
+        read.append(row)
+        time.sleep(0.01)
+        raise error
+
+    monkeypatch.setattr(gathering, "fill", failing)
+    with pytest.raises(type(error)):
+        Ensemble.from_checkpoints(make_net, paths)
+    assert len(read) < 10
+
+
+def test_ctrl_c_ends_the_threads(tmp_path, monkeypatch):
+    paths = write_all(tmp_path, [make_net()] * 200, "safetensors")
+    read = []
+
+    def slow(layout, path, rows, row):
+        if not read:
+            signal.raise_signal(signal.SIGINT)
+        read.append(row)
+        time.sleep(0.02)
+        return True
+
+    monkeypatch.setattr(gathering, "fill", slow)
+    with pytest.raises(KeyboardInterrupt):
+        Ensemble.from_checkpoints(make_net, paths)
+    assert len(read) < 100
+
+
+def test_what_does_not_fit_is_told_in_the_order_of_the_files(tmp_path):
+    paths = write_all(tmp_path, [make_net() for _ in range(6)], "safetensors")
+    for k in (5, 2, 3):
+        save_file({"strange": torch.zeros(2)}, paths[k])
+    with pytest.raises(CheckpointError, match="is unexpected") as info:
+        Ensemble.from_checkpoints(make_net, paths)
+    assert len(info.value.problems) == 3 * 10
+    files = dict.fromkeys(line.partition(": `")[0] for line in info.value.problems)
+    assert list(files) == [str(paths[k]) for k in (2, 3, 5)]
+    assert str(info.value).endswith("... and 20 more")
+
+
+def test_a_damaged_file_of_those_that_are_alike_is_what_it_is_alone(tmp_path):
+    """Wherever a bit is wrong: both ways of reading give the same values, or the new one none."""
+    models = [nn.Linear(2, 1) for _ in range(2)]
+    paths = write_all(tmp_path, models, "pt")
+    whole = paths[1].read_bytes()
+    seen = set()
+    for place in range(0, len(whole), 7):
+        broken = bytearray(whole)
+        broken[place] ^= 1 << place % 8
+        paths[1].write_bytes(broken)
+        found = [stacked_or_none(paths), stacked_or_none(paths[1:])]
+        if found[1] is None:
+            assert found[0] is None or torch.equal(found[0], values_of(models[1])), place
+        else:
+            assert found[0] is not None, place
+            assert torch.equal(found[0], found[1]), place
+        seen.add(tuple(value is None for value in found))
+    assert {(True, True), (False, False)} <= seen
+
+
+def values_of(model):
+    return torch.cat([tensor.flatten() for tensor in model.state_dict().values()])
+
+
+def stacked_or_none(paths):
+    """The values of the last member; None if a file doesn't fit."""
+    try:
+        return values_of(Ensemble.from_checkpoints(lambda: nn.Linear(2, 1), paths)[-1])
+    except CheckpointError:
+        return None

@@ -27,8 +27,9 @@ from unisono.commands.piece_worker import FolderRequest
 from unisono.commands.pieces import Identity, InputFile, Piece, cut, order_of_work, read_file
 from unisono.commands.predict import PredictRequest, run_predict
 from unisono.commands.predict_folder import predict_folder
-from unisono.commands.ranks import Alone, StoreRanks, own_part
+from unisono.commands.ranks import Alone, StoreRanks
 from unisono.commands.run_model import Wishes
+from unisono.distributed.meeting import name_of_this_start
 
 KEEP = ("id",)
 
@@ -446,8 +447,8 @@ def in_threads(function, num_ranks, store=None):
 
     def work(rank):
         try:
-            part = own_part(store, rank, num_ranks)
-            found[rank] = function(StoreRanks(part, rank, num_ranks))
+            name = name_of_this_start("predict", store, rank, num_ranks, timedelta(seconds=60))
+            found[rank] = function(StoreRanks(dist.PrefixStore(name, store), rank, num_ranks))
         except CommandError as error:
             found[rank] = error
 

@@ -9,28 +9,16 @@ from __future__ import annotations
 
 import json
 import os
-import struct
-import sys
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import BufferedReader
+from io import FileIO
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from unisono.checkpoint.archive import open_archive, start_of
-
-_PICKLE: Final = "data.pkl"
-_ORDER: Final = "byteorder"
-_STORAGES: Final = "data/"
-# What looking at a damaged zip file may raise. The usual way then says what is wrong with it.
-_NO_ZIP: Final = (
-    *(zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, RuntimeError),
-    *(ValueError, KeyError, EOFError, struct.error),
-)
+from unisono.checkpoint.zip_layout import ZipLayout
 
 
 @dataclass(frozen=True)
@@ -47,67 +35,13 @@ class SafetensorsLayout:
     size: int
     starts: Mapping[str, int]
 
-    def find(self, file: BufferedReader) -> Mapping[str, int] | None:
+    def find(self, file: FileIO) -> Mapping[str, int] | None:
         """Where the tensors of a file begin; None if it isn't alike."""
         same = os.fstat(file.fileno()).st_size == self.size
         return self.starts if same and file.read(len(self.head)) == self.head else None
 
 
-@dataclass(frozen=True)
-class ZipLayout:
-    """Files of `torch.save` that hold one and the same pickle.
-
-    https://docs.pytorch.org/docs/stable/notes/serialization.html: a zip file with ``data.pkl``
-    and one uncompressed record ``data/KEY`` for each storage.
-
-    Args:
-        same: Records that are equal in all of them -> content.
-        sizes: Record of a storage -> bytes.
-        places: Name of a tensor -> its record, and where it begins there.
-    """
-
-    same: Mapping[str, bytes]
-    sizes: Mapping[str, int]
-    places: Mapping[str, tuple[str, int]]
-
-    def find(self, file: BufferedReader) -> Mapping[str, int] | None:
-        """Where the tensors of a file begin; None if it isn't alike."""
-        try:
-            archive = open_archive(file)
-            records = _records(archive)
-            sizes = {key: r.file_size for key, r in records.items() if key.startswith(_STORAGES)}
-            if sizes != self.sizes:
-                return None
-            if any(archive.read(records[key]) != content for key, content in self.same.items()):
-                return None
-            starts = {key: start_of(file, records[key]) for key in self.sizes}
-        except _NO_ZIP:
-            return None
-        return {name: starts[key] + offset for name, (key, offset) in self.places.items()}
-
-
 Layout: TypeAlias = SafetensorsLayout | ZipLayout
-
-
-def fill(layout: Layout, path: Path, rows: Mapping[str, Tensor]) -> bool:
-    """Read a file that is like the one of the layout.
-
-    Args:
-        layout: Of another file, whose tensors have the shapes and dtypes of ``rows``.
-        path: The file.
-        rows: Name of a tensor in the file -> where its values are to be.
-
-    Returns:
-        Whether it was alike; if not, the rows may hold anything.
-
-    Raises:
-        OSError: If it can't be read.
-    """
-    with path.open("rb") as file:
-        starts = layout.find(file)
-        return starts is not None and all(
-            _read_into(row, file, starts[name]) for name, row in rows.items()
-        )
 
 
 def safetensors_layout(path: Path) -> SafetensorsLayout:
@@ -128,74 +62,63 @@ def safetensors_layout(path: Path) -> SafetensorsLayout:
     )
 
 
-def zip_layout(path: Path, state: Any) -> ZipLayout | None:
-    """The layout of a file of `torch.save`, from what `torch.load` with ``mmap=True`` gave of it.
+class Rows:
+    """The rows of a stacked tensor as memory that a file can be read into.
 
     Args:
+        stacked: (N, *), on any device.
+    """
+
+    def __init__(self, stacked: Tensor) -> None:
+        self._stacked = stacked.detach()
+        self._bytes = None
+        if stacked.device.type == "cpu" and stacked.is_contiguous() and stacked.numel():
+            self._bytes = _bytes(self._stacked).reshape(len(stacked), -1)
+
+    def fill(self, row: int, file: FileIO, start: int) -> bool:
+        """Read a row; False if the file ends before."""
+        if self._bytes is not None:
+            return _read_into(self._bytes[row].data, file, start)
+        values = torch.empty(self._stacked.shape[1:], dtype=self._stacked.dtype)
+        if values.numel() and not _read_into(_bytes(values).data, file, start):
+            return False
+        self._stacked[row].copy_(values)
+        return True
+
+
+def fill(layout: Layout, path: Path, rows: Mapping[str, Rows], row: int) -> bool:
+    """Read a file that is like the one of the layout.
+
+    Args:
+        layout: Of another file, whose tensors have the shapes and dtypes of ``rows``.
         path: The file.
-        state: A state dict whose tensors lie in the memory of the file.
+        rows: Name of a tensor in the file -> where its values are to be.
+        row: Which of the rows.
 
     Returns:
-        The layout; None if not every tensor is a piece of the file, in order.
+        Whether it was alike; if not, the row may hold anything.
+
+    Raises:
+        OSError: If it can't be read.
     """
-    if not isinstance(state, Mapping) or not all(_is_piece(tensor) for tensor in state.values()):
-        return None
-    with path.open("rb") as file:
-        try:
-            archive = open_archive(file)
-            records = _records(archive)
-            starts = {k: start_of(file, r) for k, r in records.items() if k.startswith(_STORAGES)}
-            same: dict[str, bytes] = {
-                key: archive.read(records[key]) for key in (_PICKLE, _ORDER) if key in records
-            }
-        except _NO_ZIP:  # torch itself compares no checksums
-            return None
-    if same.get(_ORDER, b"little").decode() != sys.byteorder:
-        return None  # its values have to be turned round
-    # All storages are pieces of one map of the file: they lie there as they lie in the file.
-    storages = sorted({tensor.untyped_storage().data_ptr() for tensor in state.values()})
-    keys = sorted(starts, key=lambda key: starts[key])
-    if [p - storages[0] for p in storages] != [starts[k] - starts[keys[0]] for k in keys]:
-        return None
-    key_at = dict(zip(storages, keys, strict=True))
-    places = {
-        name: (
-            key_at[tensor.untyped_storage().data_ptr()],
-            tensor.storage_offset() * tensor.dtype.itemsize,
+    with path.open("rb", buffering=0) as file:
+        starts = layout.find(file)
+        return starts is not None and all(
+            own.fill(row, file, starts[name]) for name, own in rows.items()
         )
-        for name, tensor in state.items()
-    }
-    return ZipLayout(same, {key: records[key].file_size for key in keys}, places)
 
 
-def _is_piece(tensor: Any) -> bool:
-    """Whether the memory of a tensor is its elements in order, and some of a file's."""
-    return (
-        type(tensor) is Tensor
-        and tensor.layout is torch.strided
-        and tensor.device.type == "cpu"
-        and tensor.untyped_storage().nbytes() > 0
-        and tensor.is_contiguous()
-        and not (tensor.is_conj() or tensor.is_neg() or tensor.is_quantized)
-    )
+def _bytes(tensor: Tensor) -> Any:
+    """The memory of a contiguous tensor."""
+    return tensor.view(-1).view(torch.uint8).numpy()
 
 
-def _records(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """The records by their names, without the folder that all are in."""
-    found = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-    if any(info.compress_type != zipfile.ZIP_STORED for info in found.values()):
-        raise ValueError("torch.save compresses nothing")
-    return found
-
-
-def _read_into(row: Tensor, file: BufferedReader, start: int) -> bool:
-    """Read the values of a row; False if the file ends before."""
-    is_direct = row.device.type == "cpu" and row.is_contiguous()
-    target = row if is_direct else torch.empty(row.shape, dtype=row.dtype)
-    memory = target.view(-1).view(torch.uint8).numpy().data if row.numel() else memoryview(b"")
+def _read_into(memory: memoryview, file: FileIO, start: int) -> bool:
     file.seek(start)
-    if file.readinto(memory) != len(memory):
-        return False
-    if not is_direct:
-        row.copy_(target)
+    done = 0
+    while done < len(memory):  # one call reads at most 2 GB
+        count = file.readinto(memory[done:])
+        if not count:
+            return False
+        done += count
     return True

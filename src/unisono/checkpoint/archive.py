@@ -19,7 +19,7 @@ from typing import BinaryIO, Final
 
 from torch import Tensor
 
-_BEGIN: Final = b"PK\3\4"
+BEGIN: Final = b"PK\3\4"
 _SIGN: Final = b"PK\5\6"
 _SIGN_64: Final = b"PK\6\6"
 _SIGN_OF_LOCATOR: Final = b"PK\6\7"
@@ -33,7 +33,7 @@ _LOCATOR: Final = struct.Struct("<4sLQL")  # sign, disk, where the end of 64 bit
 def is_archive(path: Path) -> bool:
     """Whether `torch.load` takes the file for a zip file; otherwise it is of the older format."""
     with path.open("rb") as file:
-        return file.read(len(_BEGIN)) == _BEGIN
+        return file.read(len(BEGIN)) == BEGIN
 
 
 def open_archive(file: BinaryIO) -> zipfile.ZipFile:
@@ -49,7 +49,7 @@ def open_archive(file: BinaryIO) -> zipfile.ZipFile:
     """
     size = file.seek(0, io.SEEK_END)
     file.seek(max(0, size - _END.size - _LOCATOR.size - _END_64.size))
-    _check_end(file.read(), size)
+    check_end(file.read(), size)
     archive = zipfile.ZipFile(file)
     records = archive.infolist()
     if any(record.filename.partition("/")[2] == _CONSTANTS for record in records):
@@ -80,10 +80,42 @@ def start_of(file: BinaryIO, record: zipfile.ZipInfo) -> int:
         raise ValueError(f"{record.filename!r:.100} in it begins before the file")
     file.seek(record.header_offset)
     header = file.read(_HEADER.size)
-    if len(header) < _HEADER.size or not header.startswith(_BEGIN):
+    if len(header) < _HEADER.size or not header.startswith(BEGIN):
         raise ValueError(f"{record.filename!r:.100} in it is not where its directory says")
     name, extra = _HEADER.unpack(header)
     return int(record.header_offset + _HEADER.size + name + extra)
+
+
+def check_end(tail: bytes, size: int) -> tuple[int, int, int]:
+    """Raise unless the directory of the records ends where its description begins.
+
+    Args:
+        tail: The last bytes of the file.
+        size: The size of the file.
+
+    Returns:
+        Where the directory begins, its bytes, and the number of records.
+
+    Raises:
+        ValueError: If it isn't so.
+    """
+    end = len(tail) - _END.size
+    if end < 0 or tail[end : end + 4] != _SIGN:
+        raise ValueError("it was cut off, or has something behind its end")
+    *_, count, length, start, comment = _END.unpack_from(tail, end)
+    locator, limits = end - _LOCATOR.size, (0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF)
+    if tail[max(0, locator) : locator + 4] == _SIGN_OF_LOCATOR:
+        _, _, place, _ = _LOCATOR.unpack_from(tail, locator)
+        end = locator - _END_64.size
+        if end < 0 or place != size - len(tail) + end or tail[end : end + 4] != _SIGN_64:
+            raise ValueError("the end of its directory is not where it says")
+        small, (*_, count, length, start) = (count, length, start), _END_64.unpack_from(tail, end)
+        wide = (count, length, start)
+        if any(s not in (w, limit) for s, w, limit in zip(small, wide, limits, strict=True)):
+            raise ValueError("the two ends of its directory contradict each other")
+    if start + length != size - len(tail) + end or comment:
+        raise ValueError("its directory is not where it says")
+    return start, length, count
 
 
 def check_storages(path: Path, tensors: Iterable[Tensor]) -> None:
@@ -111,28 +143,3 @@ def check_storages(path: Path, tensors: Iterable[Tensor]) -> None:
         for start in sizes
     ):
         raise ValueError("a tensor in it is larger or smaller than the record that is to hold it")
-
-
-def _check_end(tail: bytes, size: int) -> None:
-    """Raise unless the directory of the records ends where its description begins.
-
-    Args:
-        tail: The last bytes of the file.
-        size: The size of the file.
-    """
-    end = len(tail) - _END.size
-    if end < 0 or tail[end : end + 4] != _SIGN:
-        raise ValueError("it was cut off, or has something behind its end")
-    *_, count, length, start, comment = _END.unpack_from(tail, end)
-    locator, limits = end - _LOCATOR.size, (0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF)
-    if tail[max(0, locator) : locator + 4] == _SIGN_OF_LOCATOR:
-        _, _, place, _ = _LOCATOR.unpack_from(tail, locator)
-        end = locator - _END_64.size
-        if end < 0 or place != size - len(tail) + end or tail[end : end + 4] != _SIGN_64:
-            raise ValueError("the end of its directory is not where it says")
-        small, (*_, count, length, start) = (count, length, start), _END_64.unpack_from(tail, end)
-        wide = (count, length, start)
-        if any(s not in (w, limit) for s, w, limit in zip(small, wide, limits, strict=True)):
-            raise ValueError("the two ends of its directory contradict each other")
-    if start + length != size - len(tail) + end or comment:
-        raise ValueError("its directory is not where it says")

@@ -12,7 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from unisono.checkpoint.alike import Layout, fill
+from unisono.checkpoint.alike import Layout, Rows, fill
 from unisono.checkpoint.architecture import ties
 from unisono.checkpoint.member_file import Select, layout_of, open_member
 from unisono.describe import contrast_tensors, list_facts
@@ -53,13 +53,12 @@ def gather(
     problems = gathering.take(0, paths[0])
     if len(paths) > 1 and not problems:
         gathering.look_closer(Path(paths[0]))
-    with ThreadPoolExecutor(_THREADS) as threads:
-        for found in threads.map(gathering.take, range(1, len(paths)), paths[1:]):
-            problems += found
+    problems += gathering.take_others(paths)
     if problems:
         raise CheckpointError(
             f"Ensemble.from_checkpoints: what doesn't fit, in {len(paths)} files:\n\n"
-            f"{list_facts(problems)}"
+            f"{list_facts(problems)}",
+            problems,
         )
     return tree
 
@@ -90,14 +89,40 @@ class _Gathering:
         self._aliases = _aliases(model)
         self._not_saved = own.keys() - model.state_dict().keys()
         self._layout: Layout | None = None
-        self._names: dict[str, str] = {}  # first name -> that in files of the layout
+        self._is_over = False
+        self._rows: dict[str, Rows] = {}  # name in files of the layout -> where it goes
+
+    def take_others(self, paths: Sequence[str | os.PathLike[str]]) -> list[str]:
+        """Copy all files but the first to the rows of their members; say what doesn't fit."""
+        # A share for each thread: to hand files over one by one takes as long as to read them.
+        shares = [range(k, len(paths), _THREADS) for k in range(1, _THREADS + 1)]
+        with ThreadPoolExecutor(_THREADS) as threads:
+            try:
+                found = list(threads.map(lambda share: self._take_share(share, paths), shares))
+            finally:
+                self._is_over = True  # by ctrl-C too: otherwise the threads read on
+        by_member = {member: lines for share in found for member, lines in share.items()}
+        return [line for member in sorted(by_member) for line in by_member[member]]
+
+    def _take_share(
+        self, share: range, paths: Sequence[str | os.PathLike[str]]
+    ) -> dict[int, list[str]]:
+        found = {}
+        try:
+            for member in share:
+                if self._is_over:
+                    break
+                found[member] = self.take(member, paths[member])
+        except BaseException:
+            self._is_over = True
+            raise
+        return found
 
     def take(self, member: int, path: str | os.PathLike[str]) -> list[str]:
         """Copy a file to the member's rows; say what doesn't fit."""
-        if self._layout is not None and Path(path).is_file():
-            rooms = {name: self._rooms[first] for first, name in self._names.items()}
-            rows = {name: room.detach()[member] for name, room in rooms.items()}
-            if fill(self._layout, Path(path), rows):
+        file = Path(path)
+        if self._layout is not None and file.is_file():  # opening a pipe would wait
+            if fill(self._layout, file, self._rows, member):
                 return []
         try:
             with open_member(path, self._select) as state:
@@ -123,9 +148,11 @@ class _Gathering:
         if layout is None or any(len(names) > 1 for names in found.values()):
             return
         self._layout = layout
-        self._names = {first: names[0] for first, names in found.items() if names}
-        for first in self._rooms.keys() - self._names.keys():
-            self._rooms[first].detach().copy_(self._own[first].detach())
+        for first, names in found.items():
+            if names:
+                self._rows[names[0]] = Rows(self._rooms[first])
+            else:
+                self._rooms[first].detach().copy_(self._own[first].detach())
 
     @torch.no_grad()
     def _copy(self, state: Mapping[str, Tensor], member: int) -> Iterator[str]:

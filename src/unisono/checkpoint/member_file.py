@@ -19,12 +19,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from unisono.checkpoint.alike import Layout, safetensors_layout, zip_layout
+from unisono.checkpoint.alike import Layout, safetensors_layout
 from unisono.checkpoint.architecture import ties
 from unisono.checkpoint.archive import check_storages, is_archive, open_archive
 from unisono.checkpoint.dtypes import CODES, aligned
 from unisono.checkpoint.reading import TensorFile, check_is_file, open_file
 from unisono.checkpoint.writing import MAX_HEADER
+from unisono.checkpoint.zip_layout import zip_layout
 from unisono.errors import CheckpointError
 from unisono.files import replacing
 

@@ -1,8 +1,8 @@
 """What the processes of one job have in common: numbers and texts in the store of `torchrun`.
 
-Each start of the processes has its own part of the store. What a process that died had claimed is
-therefore free again when they are started anew: no lock files that somebody has to remove, no
-clocks to compare.
+Each start of the processes has its own part of the store (`unisono.distributed.meeting`). What a
+process that died had claimed is therefore free again when they are started anew: no lock files that
+somebody has to remove, no clocks to compare.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -141,38 +140,6 @@ class StoreRanks:
         return bool(self._store.check([f"report/{rank}"]))
 
 
-def own_part(store: Store, rank: int, num_ranks: int) -> Store:
-    """The part of a store that belongs to this start of the processes.
-
-    `torchrun` keeps the store when it starts them anew, with all that is in it
-    (pytorch/pytorch#135712), and its count of restarts may differ between machines. So rank 0 makes
-    a name, and tells it to each process under a word of that process's own.
-
-    Args:
-        store: Of the job.
-        rank: This process.
-        num_ranks: How many there are.
-
-    Raises:
-        torch.distributed.DistError: If a process doesn't come within the timeout of the store.
-    """
-    from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # as above
-
-    own = uuid.uuid4().hex
-    if rank:
-        store.set(f"word/{rank}", own)
-        name = store.get(f"name/{own}").decode()
-        store.set(f"{name}/is here/{rank}", "")
-    else:
-        name = own
-        for other in range(1, num_ranks):
-            while not store.check([f"{name}/is here/{other}"]):
-                # It may be the word of the process that was there before: ask until one answers.
-                store.set(f"name/{store.get(f'word/{other}').decode()}", name)
-                time.sleep(_POLL)
-    return PrefixStore(name, store)
-
-
 def are_given() -> bool:
     """Say whether this process was started by `torchrun`, or by something that tells the same."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
@@ -190,16 +157,18 @@ def join_ranks() -> Iterator[Ranks]:
         yield Alone()
         return
     import torch.distributed as dist
-    from torch.distributed.rendezvous import rendezvous
+
+    from unisono.distributed.meeting import new_store
+    from unisono.errors import EnsembleError
 
     try:
-        store, rank, num_ranks = next(iter(rendezvous("env://", timeout=_PATIENCE)))
-    except (ValueError, dist.DistError) as error:
+        store, rank, num_ranks = new_store("unisono predict", _PATIENCE)
+    except (ValueError, dist.DistError, EnsembleError) as error:
         raise ArgumentError(
             f"RANK is set, but the other processes aren't there: {error}"
         ) from error
     try:
-        yield StoreRanks(own_part(store, rank, num_ranks), rank, num_ranks)
+        yield StoreRanks(store, rank, num_ranks)
     except dist.DistError as error:
         raise CommandError(
             f"rank {rank} lost the other processes: {error}; what is finished is kept, and the "
