@@ -14,6 +14,7 @@ from torch import nn
 from launch import ROOT
 from unisono import Ensemble, combine, distributed
 from unisono.block import split_members
+from unisono.distributed.agreement import facts_of
 from unisono.engine.rng import drawing_apart
 from unisono.errors import EnsembleError
 
@@ -146,3 +147,40 @@ def test_sums_stay_on_the_device_and_wait_for_nothing():
             *[("(8, 5)", "torch.float16")] * 4,
         ]
     ]
+
+
+def test_the_code_of_a_class_is_its_methods_and_constants():
+    def make(value=1.0, double=False):
+        class Scaled(nn.Module):
+            """Whatever is said here."""
+
+            scale = value
+
+            if double:
+
+                def forward(self, x):
+                    return 2 * self.scale * x
+
+            else:
+
+                def forward(self, x):
+                    return self.scale * x
+
+        return Scaled
+
+    kinds = [make(), make(), make(2.0), make(double=True)]
+    first, same, *others = [facts_of(Ensemble.build(kind, 2), 2) for kind in kinds]
+    assert first == same
+    for other in others:
+        assert [name for name in first if first[name] != other[name]] == [
+            next(name for name in first if name.startswith("code of ") and "Scaled" in name)
+        ]
+
+
+def test_the_code_of_a_class_that_was_typed_in():
+    found = []
+    for body in ("return x", "return x", "return -x"):
+        names = {"nn": nn}
+        exec(f"class Typed(nn.Module):\n    def forward(self, x):\n        {body}\n", names)
+        found.append(facts_of(Ensemble.build(names["Typed"], 2), 2))
+    assert found[0] == found[1] != found[2]

@@ -235,3 +235,43 @@ def test_what_training_has_begun_stays_as_it_is_stored():
     ens(torch.ones(2, 3)).sum().backward()
     ens._planner.store_for_training()
     assert current_format(ens._planner.pool.take()) == "contiguous"
+
+
+# Where there are process groups, a wrapper may have noted where a parameter is -------------------
+
+
+@pytest.fixture
+def in_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+
+
+@pytest.mark.usefixtures("in_a_group")
+def test_the_order_is_free_in_a_group_only_if_nobody_else_holds_the_parameters() -> None:
+    ens = Ensemble([mlp() for _ in range(3)], strategy="fused")
+    assert not is_free(template_of(ens), "transposed")
+    ens._planner.keep_private()
+    assert is_free(template_of(ens), "transposed")
+    ens(torch.ones(5, 4)).sum().backward()
+    assert not is_free(template_of(ens), "transposed")
+
+
+@pytest.mark.usefixtures("in_a_group")
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_state_of_a_private_optimizer_moves_along(fused: bool) -> None:
+    models = [mlp() for _ in range(3)]
+    losses = []
+    for memory_format in ("contiguous", "transposed"):
+        ens = Ensemble(models, strategy="fused")
+        ens._planner.keep_private()
+        optimizer = torch.optim.Adam(ens.parameters(), lr=0.1, fused=fused)
+        first = train(ens, optimizer)
+        optimizer.zero_grad()
+        assert is_free(template_of(ens), memory_format)
+        adopt(template_of(ens), memory_format)
+        weight = ens.members.get_parameter("0.weight")
+        moments = [optimizer.state[weight][name] for name in ("exp_avg", "exp_avg_sq")]
+        assert {m.stride() for m in moments} == {weight.stride()}
+        assert weight.is_contiguous() == (memory_format == "contiguous")
+        rest = [train(ens, optimizer).detach() for _ in range(4)]
+        losses.append(torch.stack([first.detach(), *rest]))
+    torch.testing.assert_close(losses[0], losses[1])

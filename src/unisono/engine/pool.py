@@ -19,6 +19,9 @@ class Pool:
         module: The master copy of the member's tree; it is copied, never run.
         members: The tree that owns the stacked tensors.
         shared: Names of the tensors without a member axis.
+
+    Attributes:
+        is_private: Whether nobody but the library and its optimizer holds the parameters.
     """
 
     def __init__(self, module: nn.Module, members: nn.Module, shared: Collection[str]) -> None:
@@ -26,6 +29,7 @@ class Pool:
         self.members = members
         self.shared = frozenset(shared)
         self.attributes: frozenset[tuple[str, str]] = frozenset()
+        self.is_private = False
         self._idle: list[Template] = []
         self._generation = 0
 
@@ -45,6 +49,7 @@ class Pool:
             self.shared,
             self.attributes,
             generation=self._generation,
+            is_private=self.is_private,
         )
 
     def give_back(self, template: Template) -> None:

@@ -50,6 +50,7 @@ class Template:
         shared: Names of the tensors without a member axis.
         attributes: Plain attributes (path, key) that hold one value per member.
         generation: The state of the pool that the template was made for.
+        is_private: Whether nobody but the library and its optimizer holds the parameters.
     """
 
     def __init__(
@@ -60,9 +61,11 @@ class Template:
         attributes: Collection[tuple[str, str]],
         *,
         generation: int = 0,
+        is_private: bool = False,
     ) -> None:
         self.module = module
         self.generation = generation
+        self.is_private = is_private
         modules = dict(module.named_modules())
         trees = dict(members.named_modules())
         self.has_attention = has_attention(module)

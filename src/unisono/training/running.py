@@ -87,6 +87,7 @@ class Running:
         if own:
             places = self.ranks.at_home(own)
             self.ens = self.home[places]
+            self.ens._planner.keep_private()
             self.ens.block = self._block(members)
             self.optimizer = self.home_optimizer.select(self.ens, places)
         self.gradients = self._summed()

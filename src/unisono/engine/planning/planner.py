@@ -142,6 +142,15 @@ class Planner:
             self.pool.give_back(template)
         return choice.plan.chunk_size
 
+    def keep_private(self) -> None:
+        """Let parameters move in memory whatever else there is: nobody else holds them.
+
+        For an ensemble that the library makes for itself, with its optimizer. Of others it can't
+        know whether a wrapper has noted where they are.
+        """
+        self.pool.is_private = True
+        self.pool.renew()
+
     def store_for_training(self) -> None:
         """Store the parameters as it mostly pays, without measuring it, if they are free to move.
 

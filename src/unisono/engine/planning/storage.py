@@ -52,14 +52,19 @@ def in_format(template: Template, values: Sequence[Any], memory_format: MemoryFo
 
 
 def adopt(template: Template, memory_format: MemoryFormat) -> None:
-    """Store the ensemble's parameters in this format from now on; they stay the same objects."""
+    """Store the ensemble's parameters in this format from now on; they stay the same objects.
+
+    So does the state of an optimizer that nobody else knows.
+    """
+    moved = _moved(template, memory_format)
+    states = _states_of(moved) if template.is_private else []
     # Not in inference mode, whose tensors could never be trained.
     with torch.inference_mode(False), torch.no_grad():
-        for slot in _concerned(template, memory_format):
-            value = _value(slot)
-            strides = _strides(slot, memory_format)
-            if value.stride() != strides:
-                value.data = _converted(value, strides)
+        for slot, state in [(slot, [_value(slot)]) for slot in moved] + states:
+            strides, shape = _strides(slot, memory_format), _value(slot).shape
+            for tensor in state:
+                if tensor.shape == shape:
+                    tensor.data = _converted(tensor, strides)
 
 
 def is_free(template: Template, memory_format: MemoryFormat) -> bool:
@@ -67,14 +72,15 @@ def is_free(template: Template, memory_format: MemoryFormat) -> bool:
 
     Not once training has left something in their present order: fused optimizers read a
     parameter, its gradient and its moments by address, and would mix up their elements without
-    a word if the orders differed.
+    a word if the orders differed. State that nobody else knows moves along.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return False  # DistributedDataParallel has noted the order, and mixes up the gradients
-    slots = _concerned(template, memory_format)
-    moved = [slot for slot in slots if _value(slot).stride() != _strides(slot, memory_format)]
+    moved = _moved(template, memory_format)
     if any(not _value(slot).is_leaf or _value(slot).grad is not None for slot in moved):
         return False
+    if template.is_private:
+        return True
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return False  # DistributedDataParallel has noted the order, and mixes up the gradients
     return not _states_of(moved)
 
 
@@ -96,6 +102,12 @@ def current_format(template: Template) -> MemoryFormat:
         if slots and all(_value(slot).stride() == _strides(slot, memory_format) for slot in slots):
             return memory_format
     return "contiguous"
+
+
+def _moved(template: Template, memory_format: MemoryFormat) -> list[Slot]:
+    """The slots of parameters that are stored in another order now."""
+    slots = _concerned(template, memory_format)
+    return [slot for slot in slots if _value(slot).stride() != _strides(slot, memory_format)]
 
 
 def _concerned(template: Template, memory_format: MemoryFormat) -> list[Slot]:
