@@ -16,6 +16,10 @@ BENCH ?=
 BENCH_TRAIN ?=
 ZOO   ?=
 
+# A process for each core, up to 4 for the memory, of one thread each: those of OpenMP would wait
+# for each other. A file's tests stay together, because many share what is slow to make.
+IN_PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+
 # torchvision belongs to one torch, and not to the oldest: the zoo has a venv of its own.
 ZOO_VENV         ?= .venv-zoo
 ZOO_TORCH        ?= torch==2.14.1
@@ -57,7 +61,7 @@ test: $(STAMPS)/dev  ## Check everything: format, lint, types, tests, doctests, 
 	$(call step,check the format,$(BIN)/ruff format --check,make format)
 	$(call step,lint,$(BIN)/ruff check,make format)
 	$(call step,check the types,$(BIN)/mypy,make types)
-	$(call step,run tests and doctests and README blocks,$(BIN)/pytest,$(BIN)/pytest --last-failed)
+	$(call step,run tests and doctests and README blocks,OMP_NUM_THREADS=1 $(BIN)/pytest $(IN_PARALLEL),$(BIN)/pytest --last-failed)
 	$(sphinx)
 	@printf '\nunisono: all checks passed\n'
 
