@@ -67,13 +67,8 @@ def loop(scenario: Scenario, models: Any, minibatches: Any, *, compiled: bool = 
         torch.stack([own.square().mean() for own in outputs]).sum().backward()
         return outputs
 
-    def gradients(out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        return {
-            name: torch.stack(
-                [own[name].grad for own in parameters], out=None if out is None else out[name]
-            )
-            for name in parameters[0]
-        }
+    def gradients() -> dict[str, Tensor]:
+        return {name: torch.stack([own[name].grad for own in parameters]) for name in parameters[0]}
 
     if not scenario.backward:
         return Contender(torch.no_grad()(forward), torch.stack)

@@ -8,6 +8,7 @@ rules, except where `kernels.py` has put something better in front of them.
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -267,6 +268,15 @@ def is_observed() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     )
+
+
+def is_unheld(tensor: Tensor) -> bool:
+    """Whether no other tensor, view, array or storage object has the memory of this one."""
+    storage = tensor.untyped_storage()
+    # Of the memory, one count is the tensor's, the other that of the storage object; of that
+    # object, one is torch's, one the name here, and one the argument of `getrefcount`.
+    holders: int = torch._C._storage_Use_Count(storage._cdata)
+    return holders <= 2 and sys.getrefcount(storage) <= 3
 
 
 def written_arguments(op: Any, args: Sequence[Any]) -> tuple[tuple[int, str], ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from unisono.engine.axis import attach, attach_all, detach, member_axis
 from unisono.engine.inputs import map_inputs, per_member
+from unisono.engine.joining import members_of
 from unisono.engine.kernels import install
 from unisono.engine.outputs import check_arguments, check_leaf
 from unisono.engine.parts import Assigned, Call, Parts, Result
@@ -166,7 +168,8 @@ class _Recorder(nn.Module):
 
 def loop(template: Template, values: Sequence[Any], call: Call) -> Result:
     """Run the members one after another, on views of the stacked tensors."""
-    parts = Parts(template, values, call, Tensor.unbind)
+    cut_parameter = partial(members_of, rooms=template.rooms)
+    parts = Parts(template, values, call, Tensor.unbind, cut_parameter)
     results = []
     for i in range(call.n):
         args, kwargs = parts.inputs(i)

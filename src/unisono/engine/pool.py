@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from unisono.engine.joining import Rooms
 from unisono.engine.template import Template
 from unisono.engine.tree import tree_map
 
@@ -22,6 +23,7 @@ class Pool:
 
     Attributes:
         is_private: Whether nobody but the library and its optimizer holds the parameters.
+        rooms: Memory that gradients had, for those to come.
     """
 
     def __init__(self, module: nn.Module, members: nn.Module, shared: Collection[str]) -> None:
@@ -30,12 +32,13 @@ class Pool:
         self.shared = frozenset(shared)
         self.attributes: frozenset[tuple[str, str]] = frozenset()
         self.is_private = False
+        self.rooms: Rooms = {}
         self._idle: list[Template] = []
         self._generation = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the idle templates, which are tied to the tensors of this very ensemble."""
-        return {**vars(self), "_idle": []}
+        """All but what is tied to the tensors of this very ensemble."""
+        return {**vars(self), "_idle": [], "rooms": {}}
 
     def take(self) -> Template:
         """A template that no other call uses until it is given back."""
@@ -50,6 +53,7 @@ class Pool:
             self.attributes,
             generation=self._generation,
             is_private=self.is_private,
+            rooms=self.rooms,
         )
 
     def give_back(self, template: Template) -> None:

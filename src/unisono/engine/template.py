@@ -21,6 +21,7 @@ from unisono.engine.axis import (
     parameters_of,
     trust_flat_weights,
 )
+from unisono.engine.joining import Rooms
 from unisono.engine.leaf import shorten
 from unisono.engine.recompute import calls, leave_out_checkpoints
 from unisono.engine.tree import leaves
@@ -51,6 +52,7 @@ class Template:
         attributes: Plain attributes (path, key) that hold one value per member.
         generation: The state of the pool that the template was made for.
         is_private: Whether nobody but the library and its optimizer holds the parameters.
+        rooms: Memory that gradients had, which all templates of an ensemble share.
     """
 
     def __init__(
@@ -62,10 +64,12 @@ class Template:
         *,
         generation: int = 0,
         is_private: bool = False,
+        rooms: Rooms | None = None,
     ) -> None:
         self.module = module
         self.generation = generation
         self.is_private = is_private
+        self.rooms = {} if rooms is None else rooms
         modules = dict(module.named_modules())
         trees = dict(members.named_modules())
         self.has_attention = has_attention(module)

@@ -108,6 +108,8 @@ class Planner:
         template = self.pool.take()
         try:
             values = template.values()
+            if self.pool.rooms and not (template.is_training or torch.is_grad_enabled()):
+                self.pool.rooms.clear()  # after training nobody waits for the next gradient
             choice = self._choice(template, values, call, options)
             result = self._run_or_fall_back(choice, template, values, call)
             if result.assigned:

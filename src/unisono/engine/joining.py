@@ -1,0 +1,85 @@
+"""Cutting a parameter into those of its members, whose gradients are joined where the last were.
+
+An ensemble has one gradient for all members. If they run one by one, N gradients are copied into
+it in every step, and of a large one the copy is the smaller part: a C library gives memory of
+32 MB and more back to the system as soon as it is free, and whoever writes to new memory waits
+for each page of it. So the memory is kept, and used again once nobody has the gradient any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from unisono.engine.axis import is_observed, is_unheld
+
+_SMALLEST: Final = 1 << 20  # bytes; what is smaller the C library keeps itself
+
+Rooms = dict[str, Tensor]
+"""Name of a parameter -> memory of its size, with which a gradient was stored before."""
+
+
+def members_of(parameter: Tensor, name: str, rooms: Rooms) -> Sequence[Tensor]:
+    """Views of the members' parameters; their gradients arrive joined, in the parameter's order.
+
+    Args:
+        parameter: Of all members.
+        name: Its dotted name.
+        rooms: Where memory is kept, and looked for.
+
+    Shape:
+        - parameter: (N, *)
+        - returns: N tensors (*)
+    """
+    is_worth_it = (
+        parameter.requires_grad
+        and type(parameter) in (Tensor, nn.Parameter)
+        and parameter.device.type == "cpu"  # elsewhere torch keeps memory itself
+        and parameter.nbytes >= _SMALLEST
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not is_observed()
+    )
+    if not is_worth_it:
+        return parameter.unbind()
+    members: Sequence[Tensor] = _Members.apply(parameter, name, rooms)  # type: ignore[no-untyped-call]
+    return members
+
+
+class _Members(torch.autograd.Function):
+    """`Tensor.unbind` with another backward: ``grad[i] = grads[i]`` in memory that was kept."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, name: str, rooms: Rooms) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.like = parameter.detach()
+        ctx.name, ctx.rooms = name, rooms
+        return tuple(parameter.unbind())
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, name: None, rooms: None) -> tuple[Tensor, ...]:
+        return tuple(tangent.unbind())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+        like = ctx.like
+        if torch.is_grad_enabled():  # this gradient will itself be differentiated
+            return torch.stack([_or_zero(g, like[0]) for g in grads]), None, None
+        room = ctx.rooms.pop(ctx.name, None)  # one step: two threads never get the same one
+        if room is None or not _fits(room, like) or not is_unheld(room):
+            room = torch.empty_like(like)
+        for row, gradient in zip(room.unbind(), grads, strict=True):
+            row.zero_() if gradient is None else row.copy_(gradient)
+        ctx.rooms[ctx.name] = room
+        return room.detach(), None, None
+
+
+def _fits(room: Tensor, like: Tensor) -> bool:
+    return (room.shape, room.stride(), room.dtype) == (like.shape, like.stride(), like.dtype)
+
+
+def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if gradient is None else gradient

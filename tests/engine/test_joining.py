@@ -1,0 +1,205 @@
+"""Gradients of members that run one by one: joined where the last ones were, never where one is."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.autograd.forward_ad as fwad
+from torch import Tensor, nn
+
+import oracles
+from cases import CASES, Case, N, members
+from unisono import Ensemble
+from unisono.engine import joining
+from unisono.engine.axis import is_unheld
+from unisono.engine.tree import tree_map
+
+
+@pytest.fixture(autouse=True)
+def of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joining, "_SMALLEST", 0)
+
+
+def make() -> Ensemble:
+    return Ensemble([nn.Linear(3, 2).double() for _ in range(4)], strategy="loop")
+
+
+def member_of(outputs: Any, i: int) -> Any:
+    return tree_map(lambda leaf: leaf[i] if isinstance(leaf, Tensor) else leaf, outputs)
+
+
+def step(ens: Ensemble, x: Tensor) -> Tensor:
+    """The gradient of the weights, after those before were dropped."""
+    ens.zero_grad()
+    ens(x).square().sum().backward()
+    gradient = ens.members.weight.grad
+    assert isinstance(gradient, Tensor)
+    return gradient
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_equal_the_loop_in_each_step(case: Case) -> None:
+    if case.random_in_training:
+        pytest.skip("draws random numbers: equal in distribution only, see test_engine.py")
+    models = [model.train() for model in members(case, N)]
+    ens = Ensemble(models, strategy="loop")
+    if not any(p.requires_grad for p in ens.parameters()):
+        pytest.skip("nothing to train")
+    for _ in range(3):
+        ens.zero_grad()
+        for model in models:
+            model.zero_grad()
+        args, kwargs = case.inputs()
+        outputs = ens(*args, **kwargs)
+        sum(oracles.total(member_of(outputs, i)) for i in range(N)).backward()
+        expected = oracles.loop_outputs(models, [(args, kwargs)] * N)
+        sum(oracles.total(output) for output in expected).backward()
+        oracles.assert_gradients_equal(ens, models, **oracles.TOLERANCES.get(case.dtype, {}))
+
+
+def test_memory_that_nobody_has_is_used_again() -> None:
+    ens = make()
+    places = {step(ens, torch.randn(5, 3, dtype=torch.float64)).data_ptr() for _ in range(5)}
+    assert len(places) == 1
+    assert set(ens._planner.pool.rooms) == {"weight", "bias"}
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda gradient: gradient,
+        lambda gradient: gradient[1],
+        lambda gradient: gradient.detach().numpy(),
+        lambda gradient: gradient.untyped_storage(),
+        lambda gradient: torch.utils.dlpack.to_dlpack(gradient),
+    ],
+    ids=["tensor", "view", "array", "storage", "capsule"],
+)
+def test_memory_that_somebody_has_is_left_alone(hold) -> None:
+    ens = make()
+    first = step(ens, torch.ones(5, 3, dtype=torch.float64))
+    place, kept, before = first.data_ptr(), hold(first), first.clone()
+    ens.zero_grad()
+    if isinstance(kept, Tensor) and kept.shape == first.shape:
+        watched = kept
+    else:
+        watched = before
+    del first
+    for _ in range(3):
+        assert step(ens, torch.randn(5, 3, dtype=torch.float64)).data_ptr() != place
+    assert torch.equal(watched, before)
+    del kept, watched
+
+
+def test_gradients_add_up() -> None:
+    ens, x = make(), torch.randn(5, 3, dtype=torch.float64)
+    once = step(ens, x).clone()
+    for _ in range(2):
+        ens(x).square().sum().backward()
+    torch.testing.assert_close(ens.members.weight.grad, 3 * once)
+
+
+def test_members_that_have_no_part_in_the_loss() -> None:
+    ens = make()
+    step(ens, torch.ones(5, 3, dtype=torch.float64))  # so that there is something in the memory
+    ens.zero_grad()
+    ens(torch.ones(5, 3, dtype=torch.float64))[1].sum().backward()
+    gradient = ens.members.weight.grad
+    assert gradient is not None
+    assert gradient.flatten(1).abs().sum(1).ne(0).tolist() == [False, True, False, False]
+
+
+def test_gradients_arrive_in_the_order_of_the_parameter() -> None:
+    models = [nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last) for _ in range(3)]
+    ens = Ensemble(models, strategy="loop")
+    ens(torch.randn(2, 3, 5, 5)).sum().backward()
+    weight = ens.members.weight
+    assert isinstance(weight.grad, Tensor)
+    assert weight.grad.stride() == weight.stride()
+    assert not weight.is_contiguous()
+
+
+def test_the_gradient_of_a_gradient() -> None:
+    ens, x = make(), torch.randn(5, 3, dtype=torch.float64)
+    found = []
+    for strategy in ("loop", "fused"):
+        ens.strategy = strategy
+        (first,) = torch.autograd.grad(
+            ens(x).tanh().square().sum(), ens.members.weight, create_graph=True
+        )
+        found.append(torch.autograd.grad(first.square().sum(), ens.members.weight)[0])
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")  # torch's own use
+def test_forward_mode() -> None:
+    ens, x = make(), torch.randn(5, 3, dtype=torch.float64)
+    weight = ens.members.weight
+    tangent = torch.randn_like(weight)
+    with fwad.dual_level():
+        dual = {"members.weight": fwad.make_dual(weight.detach().requires_grad_(), tangent)}
+        found = fwad.unpack_dual(torch.func.functional_call(ens, dual, (x,))).tangent
+    assert found is not None
+    torch.testing.assert_close(found, x @ tangent.mT)
+
+
+def test_it_is_let_go_when_training_is_over() -> None:
+    ens, x = make(), torch.ones(5, 3, dtype=torch.float64)
+    step(ens, x)
+    rooms = ens._planner.pool.rooms
+    for other in (copy.deepcopy(ens), pickle.loads(pickle.dumps(ens))):
+        assert not other._planner.pool.rooms
+    with torch.no_grad():
+        ens(x)
+    assert rooms, "in train mode it may be a target network's turn"
+    ens.eval()
+    ens(x)
+    assert rooms, "gradients may follow"
+    with torch.no_grad():
+        ens(x)
+    assert not rooms
+
+
+def test_small_parameters_and_other_devices_are_left_to_torch(monkeypatch) -> None:
+    monkeypatch.setattr(joining, "_SMALLEST", 1 << 20)
+    ens = make()
+    step(ens, torch.ones(5, 3, dtype=torch.float64))
+    assert not ens._planner.pool.rooms
+    monkeypatch.setattr(joining, "_SMALLEST", 0)
+    weight = torch.empty(4, 2, 3, device="meta", requires_grad=True)
+    joining.members_of(weight, "weight", ens._planner.pool.rooms)[0].sum().backward()
+    assert not ens._planner.pool.rooms
+
+
+def test_threads_never_write_to_one_memory() -> None:
+    ens = make()
+    xs = [torch.randn(5, 3, dtype=torch.float64) for _ in range(8)]
+    wanted = [torch.autograd.grad(ens(x).square().sum(), ens.members.weight)[0] for x in xs]
+    wrong = []
+
+    def work(k: int) -> None:
+        for _ in range(50):
+            found = torch.autograd.grad(ens(xs[k]).square().sum(), ens.members.weight)[0]
+            if not torch.allclose(found, wanted[k]):
+                wrong.append(k)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_who_holds_memory() -> None:
+    room = torch.empty(2, 3)
+    assert is_unheld(room)
+    held = room[0]
+    assert not is_unheld(room)
+    del held
+    assert is_unheld(room)
