@@ -41,7 +41,7 @@ import torch
 from rich.console import Console
 
 from unisono.commands import predict as command
-from unisono.commands import run_folder, table_estimator
+from unisono.commands import run_folder, run_model, table_estimator
 from unisono.commands.features import encode
 from unisono.commands.machine import describe_machine
 from unisono.commands.table_files import open_rows
@@ -189,14 +189,19 @@ def child(options: argparse.Namespace) -> None:
     if options.child == SKLEARN:
         predict_whole_file(folder, options.input, options.output)
         return
-    if options.child == LOOP:
-        command.load_members = load_loop  # type: ignore[assignment]
-    else:
-        command.load_members = lambda *_: BaggedMLPs(folder)  # type: ignore[assignment]
+    used: list[Any] = []
+
+    def load_members(*arguments: Any) -> Any:
+        used.append(load_loop(*arguments) if options.child == LOOP else BaggedMLPs(folder))
+        return used[-1]
+
+    assert hasattr(run_model, "load_members"), "the command loads its members elsewhere"
+    run_model.load_members = load_members
     request = command.PredictRequest(
         folder / "run", str(options.input), str(options.output), device="cpu"
     )
     command.run_predict(request, Console(stderr=True, quiet=True))
+    assert used, "the command has predicted with members of its own"
 
 
 def bagged_mlps(folder: Path) -> Any:

@@ -110,15 +110,12 @@ class Predictor:
         if wrong:
             raise ValueError(f"Predictor: {'; '.join(wrong)}")
         values, findings = features.encode(rows, known)
-        refused = [own for own in findings if self._refuse or own.what == "infinite"]
-        if refused:
-            hopeless = any(own.what == "infinite" for own in refused)
-            remedy = "" if hopeless else '; unseen="ignore" predicts nevertheless'
-            facts = "; ".join(map(str, refused))
-            raise ValueError(
-                f"Predictor: the batch has values that training never saw: {facts}{remedy}"
-            )
-        return {**{name: batch[name] for name in self._keep}, **self._predict(values)}
+        _refuse([own for own in findings if self._refuse or own.is_hopeless])
+        try:
+            return {**{name: batch[name] for name in self._keep}, **self._predict(values)}
+        except features.TooLargeError as error:
+            _refuse(features.too_large(values, known, error.places))
+            raise
 
     def _predict(self, values: NDArray[np.float64]) -> dict[str, NDArray[Any]]:
         example, model = self._loaded.example, self._loaded.model
@@ -127,3 +124,14 @@ class Predictor:
             name: own.to_numpy(zero_copy_only=False)
             for name, own in zip(self._names, results, strict=True)
         }
+
+
+def _refuse(findings: Sequence[features.Finding]) -> None:
+    """Raise if there are any."""
+    if findings:
+        hopeless = any(own.is_hopeless for own in findings)
+        remedy = "" if hopeless else '; unseen="ignore" predicts nevertheless'
+        facts = "; ".join(map(str, findings))
+        raise ValueError(
+            f"Predictor: the batch has values that training never saw: {facts}{remedy}"
+        )

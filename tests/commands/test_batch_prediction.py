@@ -85,6 +85,8 @@ def test_batches_that_do_not_fit(cancer_run):
     assert len(ignoring(batch_of(unseen))["total"]) == 9
     with pytest.raises(ValueError, match=r"'mean radius': infinite in 9 rows \(first: row 1\)$"):
         ignoring(batch_of(frame.assign(**{"mean radius": np.inf})))
+    with pytest.raises(ValueError, match=r"'mean radius': too large in 9 rows \(first: row 1\)$"):
+        ignoring(batch_of(frame.assign(**{"mean radius": 1e300})))
 
 
 def test_what_a_predictor_cannot_be_made_of(cancer_run, tmp_path):

@@ -313,6 +313,19 @@ def test_infinite_numbers_are_an_error_in_any_case(cancer_run, tmp_path):
             predict(cancer_run, path, tmp_path / "out.csv", unseen=unseen)
 
 
+def test_numbers_that_float32_has_no_room_for_are_an_error_in_any_case(cancer_run, tmp_path):
+    changes = {(4, "mean radius"): 1e300, (2, "mean texture"): -1e200, (9, "mean texture"): 1e199}
+    path = changed(tmp_path, changes)
+    message = (
+        f"{path} has values that training never saw: column 'mean radius': too large in 1 row "
+        "(row 4); column 'mean texture': too large in 2 rows (first: row 2)"
+    )
+    for unseen in ("error", "ignore"):
+        with pytest.raises(ArgumentError, match=exactly(message)):
+            predict(cancer_run, path, tmp_path / "out.csv", unseen=unseen)
+    assert not (tmp_path / "out.csv").exists()
+
+
 # Files that don't fit -----------------------------------------------------------------------------
 
 HEADER = "mean radius,mean texture,size,marked\n"

@@ -24,17 +24,23 @@ class Finding:
     Args:
         column: Name of the column.
         what: ``"unseen"``: categories; ``"missing"``: values, where none were missing in the
-            training rows; ``"infinite"``: numbers.
+            training rows; ``"infinite"``: numbers; ``"too large"``: numbers that are finite, but
+            not in float32 once they are standardised.
         count: In how many rows.
         first_row: The first of them; the first row of the file is 1.
         values: The first different ones, for categories.
     """
 
     column: str
-    what: Literal["unseen", "missing", "infinite"]
+    what: Literal["unseen", "missing", "infinite", "too large"]
     count: int
     first_row: int
     values: tuple[str, ...] = ()
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether nothing can be predicted from it, whatever the user allows."""
+        return self.what in ("infinite", "too large")
 
     def __str__(self) -> str:
         rows = "1 row" if self.count == 1 else f"{self.count:,} rows"
@@ -44,6 +50,54 @@ class Finding:
             more = " ..." if len(self.values) == _MOST_VALUES else ""
             return f"column {self.column!r}: {listed}{more} in {rows} ({where})"
         return f"column {self.column!r}: {self.what} in {rows} ({where})"
+
+
+class TooLargeError(ValueError):
+    """Rows hold numbers whose features aren't finite.
+
+    Args:
+        places: Which rows.
+
+    Shape:
+        - places: ``(B,)``
+    """
+
+    def __init__(self, places: NDArray[np.bool_]) -> None:
+        super().__init__(f"{int(places.sum())} rows hold numbers that are too large")
+        self.places = places
+
+
+def too_large(
+    values: NDArray[np.float64],
+    columns: Sequence[Column],
+    places: NDArray[np.bool_],
+    *,
+    rows_before: int = 0,
+) -> list[Finding]:
+    """Name the column with the largest number in each of the rows that hold some too large.
+
+    Args:
+        values: What `encode` gave.
+        columns: The features.
+        places: Which rows.
+        rows_before: As for `encode`.
+
+    Shape:
+        - values: ``(B, columns)``
+        - places: ``(B,)``
+
+    Example:
+        >>> columns = [Column(name, "number", "double", False, ()) for name in "ab"]
+        >>> values = np.array([[1.0, 2.0], [3.0, -1e300]])
+        >>> [str(found) for found in too_large(values, columns, np.array([False, True]))]
+        ["column 'b': too large in 1 row (row 2)"]
+    """
+    worst = np.nanargmax(np.abs(values[places]), axis=1)
+    rows = rows_before + 1 + np.flatnonzero(places)
+    return [
+        Finding(columns[k].name, "too large", int((worst == k).sum()), int(rows[worst == k][0]))
+        for k in np.unique(worst)
+    ]
 
 
 def merge(findings: Iterable[Finding]) -> list[Finding]:

@@ -84,7 +84,8 @@ class PlainPreprocessing:
         values = np.concatenate([filled, missing[:, self.flagged]], axis=1)
         values -= self.mean
         values /= self.scale
-        features[:, : ends[0]] = values
+        with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite
+            features[:, : ends[0]] = values
         for k, own, start, end in zip(places, codes, ends[:-1], ends[1:], strict=True):
             features[:, start:end] = table[:, k, None] == own
         return features

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from unisono.commands.features import Finding, encode, merge
+from unisono.commands.features import Finding, TooLargeError, encode, merge, too_large
 from unisono.commands.outcome import ArgumentError
 from unisono.commands.plain_preprocessing import PlainPreprocessing
 from unisono.commands.run_folder import Description
@@ -45,12 +46,22 @@ class Model:
     def predict(self, values: np.ndarray[Any, np.dtype[np.float64]]) -> list[Any]:
         """Return the arrays of the results for encoded rows.
 
+        Raises:
+            TooLargeError: If there are numbers that float32 has no room for.
+
         Shape:
             - values: ``(B, columns)``
         """
         import pyarrow as pa
 
-        found = self.members.predict_uncertainty(self.preprocessing.transform(values))
+        inputs = self.preprocessing.transform(values)
+        try:
+            found = self.members.predict_uncertainty(inputs)
+        except ValueError:
+            places: NDArray[np.bool_] = np.logical_not(np.isfinite(inputs).all(axis=1))
+            if not places.any():
+                raise
+            raise TooLargeError(places) from None
         parts = [found.total, found.aleatoric, found.epistemic]
         if self.run.classes:
             best = pa.array(found.prediction.argmax(1))
@@ -123,7 +134,12 @@ class Stream:
         if self._refused() or self._refused(found):
             return Part(batch.num_rows, found, None)
         kept = [batch.column(name).cast(self._schema.field(name).type) for name in self._keep]
-        columns = [*kept, *self._model.predict(values)]
+        try:
+            columns = [*kept, *self._model.predict(values)]
+        except TooLargeError as error:
+            known = self._model.run.columns
+            found += too_large(values, known, error.places, rows_before=before)
+            return Part(batch.num_rows, found, None)
         return Part(batch.num_rows, found, pa.record_batch(columns, schema=self._schema))
 
     def collect(self, part: Part) -> RecordBatch | None:
@@ -148,7 +164,7 @@ class Stream:
         """
         refused = self._refused()
         if refused:
-            ignore = all(finding.what != "infinite" for finding in refused)
+            ignore = all(not finding.is_hopeless for finding in refused)
             remedy = "; add --unseen ignore to predict nevertheless" if ignore else ""
             facts = "; ".join(str(finding) for finding in refused)
             raise ArgumentError(f"{name} has values that training never saw: {facts}{remedy}")
@@ -156,4 +172,4 @@ class Stream:
     def _refused(self, findings: list[Finding] | None = None) -> list[Finding]:
         """Those of the findings that can't be predicted."""
         known = self.findings if findings is None else findings
-        return [finding for finding in known if self._refuse or finding.what == "infinite"]
+        return [finding for finding in known if self._refuse or finding.is_hopeless]
