@@ -81,6 +81,7 @@ PUBLIC_MODULES = (
     "unisono.batch_prediction",
     "unisono.calibration",
     "unisono.combine",
+    "unisono.distributed",
     "unisono.estimators",
     "unisono.optim",
     "unisono.plots",

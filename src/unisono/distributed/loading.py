@@ -50,6 +50,14 @@ def load(
         CheckpointError: If it is something else, damaged, incomplete, or of another architecture.
         EnsembleError: If only another rank can't load it.
         ValueError: If the mesh doesn't fit, or there are fewer members than blocks.
+
+    Example:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> path = f"{tempfile.mkdtemp()}/ens.safetensors"
+        >>> Ensemble.build(lambda: nn.Linear(3, 2), 5).save(path)
+        >>> len(load(path, lambda: nn.Linear(3, 2)))  # with mesh=, those of this rank
+        5
     """
     from unisono.distributed import storage  # not above: it takes torch a second to import
 
@@ -99,6 +107,20 @@ def load_optimizer(
         OSError: If the folder can't be read.
         CheckpointError: If it holds no such optimizer, or is incomplete.
         EnsembleError: If that is so on another rank only.
+
+    Example:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> from unisono.distributed import save
+        >>> from unisono.optim import SGD
+        >>> ens = Ensemble.build(lambda: nn.Linear(3, 2), 5)
+        >>> folder = tempfile.mkdtemp()
+        >>> save(ens, folder, SGD(ens, lr=0.5))
+        >>> again = load(folder, lambda: nn.Linear(3, 2))
+        >>> optimizer = SGD(again, lr=0.1)
+        >>> load_optimizer(folder, again, optimizer)
+        >>> optimizer.param_groups[0]["lr"]
+        0.5
     """
     from unisono.distributed import storage
 

@@ -79,6 +79,19 @@ def async_save(
     Raises:
         RuntimeError: If `torch.distributed` isn't initialised.
         OSError: If this rank can't write.
+
+    Example:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> from unisono.distributed import load
+        >>> store = dist.HashStore()  # torchrun gives one; here is a single rank
+        >>> dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        >>> folder = tempfile.mkdtemp()
+        >>> saving = async_save(Ensemble.build(lambda: nn.Linear(3, 2), 5), folder)
+        >>> saving.wait()  # train on before
+        >>> len(load(folder, lambda: nn.Linear(3, 2)))
+        5
+        >>> dist.destroy_process_group()
     """
     if not dist.is_initialized():
         raise RuntimeError(
@@ -100,6 +113,16 @@ class Saving:
     Args:
         future: That of `torch.distributed.checkpoint`.
         group: The group that it uses.
+
+    Example:
+        >>> written: Future[None] = Future()
+        >>> saving = Saving(written, None)
+        >>> saving.done()
+        False
+        >>> written.set_result(None)
+        >>> saving.wait()
+        >>> saving.done()
+        True
     """
 
     def __init__(self, future: Future[Any], group: ProcessGroup | None) -> None:

@@ -72,7 +72,13 @@ class Synchronised(nn.Module):
         return self._outermost(None, *args, **kwargs)
 
     def run(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """Run ``fn(member, *args, **kwargs)`` for this rank's members: ``part.run(fn, ...)``."""
+        """Run ``fn(member, *args, **kwargs)`` for this rank's members, as `Ensemble.run`.
+
+        Args:
+            fn: Called with a member and the inputs.
+            args: Inputs.
+            kwargs: Inputs.
+        """
         return self._outermost(fn, *args, **kwargs)
 
     @contextmanager
