@@ -110,11 +110,11 @@ class Predictor:
         if wrong:
             raise ValueError(f"Predictor: {'; '.join(wrong)}")
         values, findings = features.encode(rows, known)
-        _refuse([own for own in findings if self._refuse or own.is_hopeless])
+        _raise_for([own for own in findings if self._refuse or own.is_hopeless])
         try:
             return {**{name: batch[name] for name in self._keep}, **self._predict(values)}
         except features.TooLargeError as error:
-            _refuse(features.too_large(values, known, error.places))
+            _raise_for(features.too_large(values, known, error.places))
             raise
 
     def _predict(self, values: NDArray[np.float64]) -> dict[str, NDArray[Any]]:
@@ -126,7 +126,7 @@ class Predictor:
         }
 
 
-def _refuse(findings: Sequence[features.Finding]) -> None:
+def _raise_for(findings: Sequence[features.Finding]) -> None:
     """Raise if there are any."""
     if findings:
         hopeless = any(own.is_hopeless for own in findings)

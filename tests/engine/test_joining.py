@@ -196,6 +196,21 @@ def test_threads_never_write_to_one_memory() -> None:
     assert not wrong
 
 
+def test_memory_is_somebodys_before_another_thread_can_find_it() -> None:
+    """Two statements the other way round, and a thread between them would write to a gradient."""
+    unheld = []
+
+    class Watched(dict[str, Tensor]):
+        def __setitem__(self, name: str, room: Tensor) -> None:
+            unheld.append(is_unheld(room))
+            super().__setitem__(name, room)
+
+    ens = make()
+    ens._planner.pool.rooms = Watched()
+    step(ens, torch.ones(5, 3, dtype=torch.float64))
+    assert unheld == [False, False]
+
+
 def test_who_holds_memory() -> None:
     room = torch.empty(2, 3)
     assert is_unheld(room)

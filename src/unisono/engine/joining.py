@@ -73,8 +73,9 @@ class _Members(torch.autograd.Function):
             room = torch.empty_like(like)
         for row, gradient in zip(room.unbind(), grads, strict=True):
             row.zero_() if gradient is None else row.copy_(gradient)
+        joined = room.detach()  # before others find the room, or it would seem to be nobody's
         ctx.rooms[ctx.name] = room
-        return room.detach(), None, None
+        return joined, None, None
 
 
 def _fits(room: Tensor, like: Tensor) -> bool:

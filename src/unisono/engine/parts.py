@@ -14,7 +14,7 @@ from torch import Tensor
 from unisono.engine import rng
 from unisono.engine.axis import Randomness
 from unisono.engine.inputs import map_inputs
-from unisono.engine.template import Slot, Template
+from unisono.engine.template import Template
 from unisono.engine.tree import leaves, transpose, tree_map
 from unisono.engine.watch import Kind
 from unisono.errors import EnsembleError, UnsupportedModelError
@@ -77,8 +77,11 @@ class Parts:
         self._whole = values
         self._call = call
         self._cut = cut
-        self._cut_parameter = cut_parameter
         self._cuts: dict[int, Sequence[Tensor]] = {}
+        if cut_parameter is not None:
+            for slot, value in zip(self._slots, values, strict=True):
+                if slot.kind == "parameter" and slot.stacked and id(value) not in self._cuts:
+                    self._cuts[id(value)] = cut_parameter(value, slot.name)
         self._given: list[list[Any]] = []
         self._state: rng.RandomState | None = None
         # A buffer without member axis is written once, by part 0; the others write to copies.
@@ -93,7 +96,6 @@ class Parts:
         given = []
         for k, (slot, value) in enumerate(zip(self._slots, self._whole, strict=True)):
             if slot.stacked:
-                self._cut_once(slot, value)
                 given.append(self._part_of(value, part))
             elif part > 0 and k in self._shared:
                 given.append(self._shared[k].clone())
@@ -138,12 +140,6 @@ class Parts:
             for item in result.assigned:
                 by_key.setdefault((item.path, item.key), {})[part] = item
         return Result(outputs, [self._join_assigned(found, join) for found in by_key.values()])
-
-    def _cut_once(self, slot: Slot, value: Any) -> None:
-        """Cut a parameter that is not cut yet, in a way of its own."""
-        cut = self._cut_parameter
-        if cut is not None and slot.kind == "parameter" and id(value) not in self._cuts:
-            self._cuts[id(value)] = cut(value, slot.name)
 
     def _part_of(self, value: Any, part: int) -> Any:
         if not isinstance(value, Tensor):

@@ -63,7 +63,7 @@ def adopt(template: Template, memory_format: MemoryFormat) -> None:
         for slot, state in [(slot, [_value(slot)]) for slot in moved] + states:
             strides, shape = _strides(slot, memory_format), _value(slot).shape
             for tensor in state:
-                if tensor.shape == shape:
+                if tensor.shape == shape and tensor.stride() != strides:  # tied ones come twice
                     tensor.data = _converted(tensor, strides)
 
 
