@@ -302,24 +302,22 @@ def test_missing_values_are_fine_where_training_had_some(cancer_run, tmp_path):
     assert predict(cancer_run, path, tmp_path / "out.csv").notes == []
 
 
-def test_infinite_numbers_are_an_error_in_any_case(cancer_run, tmp_path):
-    path = changed(tmp_path, {(4, "mean radius"): np.inf})
-    message = (
-        f"{path} has values that training never saw: column 'mean radius': infinite in 1 row "
-        "(row 4)"
-    )
-    for unseen in ("error", "ignore"):
-        with pytest.raises(ArgumentError, match=exactly(message)):
-            predict(cancer_run, path, tmp_path / "out.csv", unseen=unseen)
-
-
-def test_numbers_that_float32_has_no_room_for_are_an_error_in_any_case(cancer_run, tmp_path):
-    changes = {(4, "mean radius"): 1e300, (2, "mean texture"): -1e200, (9, "mean texture"): 1e199}
+@pytest.mark.parametrize(
+    ("changes", "facts"),
+    [
+        ({(4, "mean radius"): np.inf}, "column 'mean radius': infinite in 1 row (row 4)"),
+        (  # for float32
+            {(4, "mean radius"): 1e300, (2, "mean texture"): -1e200, (9, "mean texture"): 1e199},
+            (
+                "column 'mean radius': too large in 1 row (row 4); "
+                "column 'mean texture': too large in 2 rows (first: row 2)"
+            ),
+        ),
+    ],
+)
+def test_numbers_that_are_an_error_in_any_case(cancer_run, tmp_path, changes, facts):
     path = changed(tmp_path, changes)
-    message = (
-        f"{path} has values that training never saw: column 'mean radius': too large in 1 row "
-        "(row 4); column 'mean texture': too large in 2 rows (first: row 2)"
-    )
+    message = f"{path} has values that training never saw: {facts}"
     for unseen in ("error", "ignore"):
         with pytest.raises(ArgumentError, match=exactly(message)):
             predict(cancer_run, path, tmp_path / "out.csv", unseen=unseen)
