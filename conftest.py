@@ -4,6 +4,7 @@ It lies at the root because pytest asks a conftest.py only about what lies benea
 """
 
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -13,6 +14,16 @@ from markdown_blocks import MarkdownFile
 
 # The settings of Sphinx have no doctests; --doctest-modules would import them.
 collect_ignore = ["docs/conf.py"]
+
+
+def pytest_configure():
+    """Make ctrl-C known again: what a shell starts in the background ignores it.
+
+    The processes that tests start would inherit that, and those that are interrupted by a test
+    would go on for ever.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collect_file(file_path, parent):

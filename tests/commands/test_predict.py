@@ -560,11 +560,13 @@ def test_ctrl_c_leaves_no_file_and_exits_130(cancer_run, tables, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    with process:
+    try:
         assert process.stderr.readline() == "working\n"
         assert len(os.listdir(tmp_path)) == 1
         process.send_signal(signal.SIGINT)
-        rest = process.stderr.read()
+        _, rest = process.communicate(timeout=60)
+    finally:
+        process.kill()  # nothing to one that has ended
     assert process.returncode == 130
     assert rest == "unisono predict: interrupted; nothing was written\n"
     assert os.listdir(tmp_path) == []
