@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracles
 from unisono import Ensemble, per_member
-from unisono.engine import leaf
+from unisono.engine import leaf, steps
 
 
 class Subclass(nn.Linear):
@@ -43,6 +44,7 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return function(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(leaf, "linear", by_rule)
+    monkeypatch.setattr(steps, "linear", by_rule)
     monkeypatch.setattr(F, "linear", by_function)
     return taken
 
@@ -250,3 +252,181 @@ def test_hooks_for_every_module_of_the_process_are_run() -> None:
     finally:
         handle.remove()
     assert called[:3] == ["Linear", "ReLU", "Linear"]
+
+
+# Every layer that has a step
+
+IMAGES, SIGNALS, VOLUMES = (2, 4, 6, 6), (2, 4, 9), (2, 4, 5, 5, 5)
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "Linear": (lambda: nn.Linear(4, 3), (5, 4)),
+    "Conv1d": (lambda: nn.Conv1d(4, 6, 3, 2, padding=1, groups=2), SIGNALS),
+    "Conv2d": (lambda: nn.Conv2d(4, 6, 3, padding="same", dilation=2, bias=False), IMAGES),
+    "Conv3d": (lambda: nn.Conv3d(4, 2, 2), VOLUMES),
+    "BatchNorm2d": (lambda: nn.BatchNorm2d(4, eps=0.1), IMAGES),
+    "BatchNorm3d": (lambda: nn.BatchNorm3d(4, affine=False), VOLUMES),
+    "LayerNorm": (lambda: nn.LayerNorm((6, 6), eps=0.1), IMAGES),
+    "Embedding": (lambda: nn.Embedding(10, 3, padding_idx=2), (5, 4)),
+    "EmbeddingBag": (lambda: nn.EmbeddingBag(10, 3, mode="max"), (5, 4)),
+    "TransformerEncoderLayer": (
+        lambda: nn.TransformerEncoderLayer(4, 2, 8, 0.0, "gelu", batch_first=True, norm_first=True),
+        (5, 6, 4),
+    ),
+    "MaxPool1d": (lambda: nn.MaxPool1d(3, 2, 1, ceil_mode=True), SIGNALS),
+    "MaxPool2d": (lambda: nn.MaxPool2d((2, 3), padding=1, dilation=2), IMAGES),
+    "MaxPool3d": (lambda: nn.MaxPool3d(2), VOLUMES),
+    "AvgPool1d": (lambda: nn.AvgPool1d(3, 2, 1, count_include_pad=False), SIGNALS),
+    "AvgPool2d": (lambda: nn.AvgPool2d(2, divisor_override=3), IMAGES),
+    "AvgPool3d": (lambda: nn.AvgPool3d((1, 2, 3), ceil_mode=True), VOLUMES),
+    "AdaptiveAvgPool1d": (lambda: nn.AdaptiveAvgPool1d(2), SIGNALS),
+    "AdaptiveAvgPool2d": (lambda: nn.AdaptiveAvgPool2d((2, 3)), IMAGES),
+    "AdaptiveAvgPool3d": (lambda: nn.AdaptiveAvgPool3d(1), VOLUMES),
+    "Flatten": (nn.Flatten, IMAGES),
+    "Identity": (nn.Identity, IMAGES),
+    "Dropout": (nn.Dropout, IMAGES),
+    "Dropout1d": (nn.Dropout1d, SIGNALS),
+    "Dropout2d": (nn.Dropout2d, IMAGES),
+    "Dropout3d": (nn.Dropout3d, VOLUMES),
+    "ReLU": (nn.ReLU, IMAGES),
+    "Tanh": (nn.Tanh, IMAGES),
+    "Sigmoid": (nn.Sigmoid, IMAGES),
+    "GELU": (lambda: nn.GELU("tanh"), IMAGES),
+    "SiLU": (nn.SiLU, IMAGES),
+    "Hardswish": (nn.Hardswish, IMAGES),
+    "Hardsigmoid": (nn.Hardsigmoid, IMAGES),
+    "LeakyReLU": (lambda: nn.LeakyReLU(0.3), IMAGES),
+    "ELU": (lambda: nn.ELU(0.7), IMAGES),
+}
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def alike(name: str, *, alone: bool) -> list[nn.Module]:
+    """Three modules with the layer: alone, or between others that have no step of their own."""
+    make, _ = LAYERS[name]
+    models = []
+    for _ in range(3):
+        layer = make()
+        for tensor in (*layer.parameters(), *layer.buffers()):
+            if tensor.is_floating_point():
+                nn.init.uniform_(tensor, 0.5, 1.5)
+        model = layer if alone else nn.Sequential(nn.Identity(), layer, nn.SiLU(), Doubled())
+        models.append(model.double().eval())
+    return models
+
+
+def inputs_of(name: str) -> Tensor:
+    shape = (3, *LAYERS[name][1])
+    if "Embedding" in name:
+        return torch.randint(10, shape)
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def test_every_step_has_a_row() -> None:
+    assert LAYERS.keys() == {kind.__name__ for kind in steps._STEPS}
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "in a chain"])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per member"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_equals_the_loop(name: str, shared: bool, alone: bool) -> None:
+    models, xs = alike(name, alone=alone), inputs_of(name)
+    given = [xs[0]] * 3 if shared else list(xs)
+    for strategy in ("fused", "loop"):
+        ens = Ensemble(models, strategy=strategy)  # type: ignore[arg-type]
+        for grad in (False, True):
+            before = xs.clone()
+            with torch.set_grad_enabled(grad):
+                outputs = ens(xs[0] if shared else per_member(xs))
+                expected = torch.stack([m(x) for m, x in zip(models, given, strict=True)])
+            torch.testing.assert_close(outputs, expected)
+            assert torch.equal(xs, before), "the input was written to"
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if "Embedding" not in name])
+def test_a_layer_has_the_gradients_of_the_loop(name: str) -> None:
+    models, xs = alike(name, alone=False), inputs_of(name).requires_grad_()
+    ens = Ensemble(models, strategy="fused")
+    outputs = ens(per_member(xs))
+    expected = torch.stack([model(x) for model, x in zip(models, xs, strict=True)])
+    weights = torch.randn_like(expected)
+    found = torch.autograd.grad((outputs * weights).sum(), [xs, *ens.parameters()])
+    (of_inputs,) = torch.autograd.grad((expected * weights).sum(), xs, retain_graph=True)
+    torch.testing.assert_close(found[0], of_inputs)
+    (expected * weights).sum().backward(inputs=[p for m in models for p in m.parameters()] or [xs])
+    for (path, _), gradient in zip(ens.members.named_parameters(), found[1:], strict=True):
+        own = torch.stack([model.get_parameter(path).grad for model in models])  # type: ignore[misc]
+        torch.testing.assert_close(gradient, own)
+
+
+@pytest.mark.parametrize("name", [name for name, (make, _) in LAYERS.items()])
+def test_a_layer_in_a_chain_takes_the_short_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reached: list[int] = []
+    run = leaf.run_chain
+
+    def spy(*args: object) -> object:
+        found = run(*args)  # type: ignore[arg-type]
+        reached.append(0 if found is None else found[1])
+        return found
+
+    monkeypatch.setattr(leaf, "run_chain", spy)
+    ens = Ensemble(alike(name, alone=False), strategy="fused")
+    with torch.no_grad():
+        ens(per_member(inputs_of(name)))
+    assert reached == [3]  # Identity, the layer, SiLU
+
+
+@pytest.mark.parametrize("strategy", ["fused", "loop"])
+def test_without_gradients_activations_behind_convolutions_are_in_place(strategy: str) -> None:
+    layers = (nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Hardswish())
+    models = [chain(*layers)().eval() for _ in range(3)]
+    ens = Ensemble(models, strategy=strategy)  # type: ignore[arg-type]
+    x = torch.randn(IMAGES, dtype=torch.float64)
+    with torch.no_grad():
+        ens(x)
+        with torch.profiler.profile() as profile:
+            ens(x)
+    names = [event.name for event in profile.events()]
+    assert {"aten::relu_", "aten::hardswish_"} <= set(names)
+    assert not {"aten::relu", "aten::hardswish"} & set(names)
+
+
+def test_a_layer_in_train_mode_runs_itself_and_the_chain_goes_on() -> None:
+    layers = (nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+    models = [chain(*layers)() for _ in range(3)]
+    ens = Ensemble(models, strategy="fused")
+    xs = torch.randn(3, *IMAGES, dtype=torch.float64)
+    with torch.no_grad():
+        outputs = ens(per_member(xs))
+        expected = torch.stack([model(x) for model, x in zip(models, xs, strict=True)])
+    torch.testing.assert_close(outputs, expected)
+    oracles.assert_state_equal(ens, models)
+
+
+def test_options_that_a_step_does_not_know_are_the_layers_own() -> None:
+    bags = [nn.EmbeddingBag(10, 3).double() for _ in range(3)]
+    words, starts = torch.randint(10, (9,)), torch.tensor([0, 4])
+    outputs = Ensemble(bags, strategy="fused")(words, starts)
+    torch.testing.assert_close(outputs, torch.stack([bag(words, starts) for bag in bags]))
+    layers = [nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).double().eval() for _ in "abc"]
+    x, mask = torch.randn(2, 5, 4, dtype=torch.float64), torch.ones(5, 5).triu(1).bool()
+    with torch.no_grad():
+        outputs = Ensemble(layers, strategy="fused")(x, src_mask=mask)
+        torch.testing.assert_close(outputs, torch.stack([layer(x, mask) for layer in layers]))
+
+
+def test_an_encoder_layer_beyond_the_cache_is_torchs_own_op(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = importlib.import_module("unisono.engine.rules.native_attention")
+    monkeypatch.setattr(module, "_CACHED", 1)
+    layers = [nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).double().eval() for _ in "abc"]
+    xs = torch.randn(3, 2, 5, 4, dtype=torch.float64)
+    padding = torch.tensor([[False] * 5, [False, False, True, True, True]])
+    for masks in ({}, {"src_key_padding_mask": padding}):
+        with torch.no_grad():
+            outputs = Ensemble(layers, strategy="fused")(per_member(xs), **masks)
+            own = [layer(x, **masks) for layer, x in zip(layers, xs, strict=True)]
+        assert torch.equal(outputs, torch.stack(own))

@@ -12,6 +12,8 @@ import threading
 import torch
 from torch import nn
 
+from unisono.engine.leaf import LayerForward
+
 _MODULES = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 
 
@@ -26,7 +28,9 @@ def native_layers(member: nn.Module) -> list[nn.Module]:
     inside: set[int] = set()
     for module in member.modules():
         if isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer):
-            if id(module) not in inside and not module.training and "forward" not in vars(module):
+            forward = vars(module).get("forward")
+            is_own = forward is None or isinstance(forward, LayerForward)
+            if id(module) not in inside and not module.training and is_own:
                 found.append(module)
             inside.update(map(id, module.modules()))
     return found

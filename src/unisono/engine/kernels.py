@@ -30,6 +30,7 @@ from unisono.engine.axis import (
     count_modes,
     current_level,
     detach,
+    is_observed,
     levels,
     overload,
     pop_layer,
@@ -122,6 +123,18 @@ def is_direct() -> bool:
     )
 
 
+def is_alone(x: Tensor) -> bool:
+    """Whether ``x`` belongs to one member, needs no gradient, and nobody listens to every op."""
+    return not (
+        type(x) is not Tensor
+        or levels.entered
+        or torch.is_grad_enabled()
+        or count_modes()
+        or torch.compiler.is_compiling()
+        or is_observed()
+    )
+
+
 def run_rule(rule: Rule, otherwise: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
     """Run a rule directly; ``otherwise`` where `is_direct` says no, or the rule doesn't apply."""
     if not is_direct():
@@ -141,8 +154,13 @@ def run_rule(rule: Rule, otherwise: Callable[..., Tensor], *tensors: Tensor | No
     return value if dim is None else attach(value, level, dim)
 
 
-def run_chain(chain: Callable[..., Operand | None], x: Tensor) -> Tensor | None:
-    """Run ``chain(n, operand, level)`` on plain tensors; None where it doesn't apply."""
+def run_chain(
+    chain: Callable[[int, Operand, int, int], tuple[Operand, int]], x: Tensor, first: int
+) -> tuple[Tensor, int] | None:
+    """Run ``chain(n, operand, level, first)`` on plain tensors; None where it gets nowhere.
+
+    It tells how far it came.
+    """
     if not is_direct():
         return None
     ours = level, n, _ = levels.entered[-1]
@@ -150,14 +168,13 @@ def run_chain(chain: Callable[..., Operand | None], x: Tensor) -> Tensor | None:
     levels.entered.pop()
     layer = pop_layer()
     try:
-        result = chain(n, operand, level)
+        (value, dim), reached = chain(n, operand, level, first)
     finally:
         push_layer(layer)
         levels.entered.append(ours)
-    if result is None:
+    if reached == first:
         return None
-    value, dim = result
-    return value if dim is None else attach(value, level, dim)
+    return (value if dim is None else attach(value, level, dim)), reached
 
 
 def _rule_kernel(

@@ -1,4 +1,4 @@
-"""The most frequent layers without detours: in a template they call their rule directly.
+"""The most frequent layers without detours: in a template they call their rules directly.
 
 The way through ``F.linear`` and torch's dispatcher to the rule costs about as much as a small
 matrix product. Between the layers of an ``nn.Sequential`` nobody sees the intermediate results, so
@@ -7,8 +7,8 @@ there an activation also writes its result to where it was read from: half the f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,34 +20,28 @@ from unisono.engine.axis import (
     hooks_of,
     is_end_of_recomputation,
     parameters_of,
-    unwrap,
 )
-from unisono.engine.kernels import run_chain, run_rule
+from unisono.engine.kernels import is_alone, run_chain, run_rule
 from unisono.engine.rules.linear import linear
-
-Activation = Callable[[Tensor], Tensor]
-
-# In place and not. Their derivatives are functions of the result, so autograd, too, can do without
-# the input.
-_ACTIVATIONS: Final[Mapping[type[nn.Module], tuple[Activation, Activation]]] = {
-    nn.ReLU: (torch.relu_, torch.relu),
-    nn.Tanh: (torch.tanh_, torch.tanh),
-    nn.Sigmoid: (torch.sigmoid_, torch.sigmoid),
-}
+from unisono.engine.steps import Step, step_of
 
 
 def shorten(module: nn.Module) -> None:
-    """Let the linear layers of a template, and chains of layers, take the short way.
+    """Let the layers of a template, and chains of layers, take the short way.
 
     Only layers of torch's own classes, with nothing exchanged: not a subclass, nor one whose
     weight is computed by a hook or a parametrization.
     """
-    for each in module.modules():  # a Sequential before its layers
-        if type(each) is nn.Sequential and "forward" not in vars(each):
-            each.forward = SequentialForward(list(each))  # type: ignore[method-assign]
-        elif type(each) is nn.Linear and "forward" not in vars(each):
+    for each in list(module.modules()):  # a Sequential before its layers
+        if "forward" in vars(each):
+            continue
+        if type(each) is nn.Sequential:
+            each.forward = SequentialForward(each)  # type: ignore[method-assign]
+        elif type(each) is nn.Linear:
             if {"weight", "bias"} <= parameters_of(each).keys():
                 each.forward = LinearForward(each)  # type: ignore[method-assign]
+        elif (step := step_of(each)) is not None and step.run is not None and not step.is_view:
+            each.forward = LayerForward(step)
 
 
 class LinearForward:
@@ -64,18 +58,40 @@ class LinearForward:
         return run_rule(linear, F.linear, input, own["weight"], own["bias"])
 
 
+class LayerForward:
+    """``forward`` of one layer of a template that has a rule."""
+
+    __slots__ = ("_chain", "_module")
+
+    def __init__(self, step: Step) -> None:
+        self._module = step.module
+        self._chain = _Chain([step])
+
+    def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the layer's class makes of ``input``."""
+        # Of these layers no option changes anything if it is None or False.
+        others = (*args, *kwargs.values())
+        if type(input) is Tensor and all(other is None or other is False for other in others):
+            found = self._chain.run(input, 0)
+            if found is not None:
+                return found[0]
+        result: Tensor = type(self._module).forward(self._module, input, *args, **kwargs)
+        return result
+
+
 class SequentialForward:
     """``forward`` of one ``nn.Sequential`` of a template."""
 
     __slots__ = ("_modules", "_parts")
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._modules = modules
+    def __init__(self, sequential: nn.Sequential) -> None:
+        self._modules = list(sequential)
         self._parts: list[nn.Module | _Chain] = []
-        chain: list[nn.Module] = []
-        for module in modules:
-            if _is_plain(module) or (chain and type(module) in _ACTIVATIONS and _is_unseen(module)):
-                chain.append(module)
+        chain: list[Step] = []
+        for module in _flat(self._modules):
+            step = step_of(module)
+            if step is not None and (chain or step.run is not None):
+                chain.append(step)
                 continue
             self._parts += [_Chain(chain), module] if chain else [module]
             chain = []
@@ -88,57 +104,78 @@ class SequentialForward:
         return input
 
 
+def _flat(modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
+    """The layers, those of an inner Sequential at which nobody looks in its place."""
+    for module in modules:
+        is_plain = type(module) is nn.Sequential and "forward" not in vars(module)
+        if isinstance(module, nn.Sequential) and is_plain and not any(hooks_of(module)):
+            yield from _flat(list(module))
+        else:
+            yield module
+
+
 class _Chain:
-    """A linear layer, and linear layers and activations behind it, between which nobody looks."""
+    """Layers behind each other, of which all but an activation may be the first."""
 
     __slots__ = ("_steps",)
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._steps = [(module, _ACTIVATIONS.get(type(module))) for module in modules]
+    def __init__(self, steps: Sequence[Step]) -> None:
+        self._steps = steps
 
     def __call__(self, x: Tensor) -> Tensor:
         """The layers one after another."""
-        if type(x) is Tensor:
-            try:
-                result = run_chain(self._run, x)
-            except Exception as error:
-                if is_end_of_recomputation(error):
-                    raise
-                result = None  # the layers one by one will say which of them is wrong
-            if result is not None:
-                return result
-        for module, _ in self._steps:
-            x = module(x)
+        if is_alone(x):
+            return self._of_one_member(x)
+        k = 0
+        while k < len(self._steps):
+            found = self.run(x, k) if type(x) is Tensor else None
+            if found is None:  # this layer itself has to run, or to say what is wrong
+                x, k = self._steps[k].module(x), k + 1
+            else:
+                x, k = found
         return x
 
-    def _run(self, n: int, x: Operand, level: int) -> Operand | None:
+    def _of_one_member(self, x: Tensor) -> Tensor:
+        is_own = False
+        for module, _, activation, is_view, _ in self._steps:
+            if activation is not None and is_own:
+                x = activation.in_place(x)
+                continue
+            x = module(x)
+            is_own = not activation.overwrites if activation is not None else is_own or not is_view
+        return x
+
+    def run(self, x: Tensor, first: int) -> tuple[Tensor, int] | None:
+        """As many layers from ``first`` on as can be, and which one comes next; None if none."""
+        try:
+            return run_chain(self._run, x, first)
+        except Exception as error:
+            if is_end_of_recomputation(error):
+                raise
+            return None
+
+    def _run(self, n: int, x: Operand, level: int, first: int) -> tuple[Operand, int]:
         grad = torch.is_grad_enabled()
-        is_product = False
-        for module, activation in self._steps:
+        # Whether x lies in memory that only the chain knows, and whether backward doesn't need it.
+        is_own = is_product = False
+        steps = self._steps
+        for k in range(first, len(steps)):
+            _, run, activation, is_view, makes_product = steps[k]
             if activation is not None:
                 # Backward needs the result of an activation, so the next one must not write to
                 # it. And a product with more axes is a view, of which autograd copies the whole.
-                in_place, out_of_place = activation
-                can_write = not grad or (is_product and x[0].dim() == 3)
-                x, is_product = ((in_place if can_write else out_of_place)(x[0]), x[1]), False
+                free = is_product and x[0].dim() == 3 and activation.keeps_result if grad else True
+                if is_own and free:
+                    x = activation.in_place(x[0]), x[1]
+                elif activation.overwrites and not is_own:
+                    return x, k
+                else:
+                    x, is_own = (activation.out_of_place(x[0]), x[1]), True
+                is_product = False
                 continue
-            own = parameters_of(module)
-            weight, bias = own["weight"], own["bias"]
-            assert weight is not None
-            result = linear(
-                n, x, unwrap(weight, level), None if bias is None else unwrap(bias, level)
-            )
+            assert run is not None
+            result = run(n, x, level)
             if result is None:
-                return None
-            x, is_product = result, True
-        return x
-
-
-def _is_plain(module: nn.Module) -> bool:
-    names = parameters_of(module)
-    return type(module) is nn.Linear and {"weight", "bias"} <= names.keys() and _is_unseen(module)
-
-
-def _is_unseen(module: nn.Module) -> bool:
-    """Whether nothing but the layer's own forward learns of its result."""
-    return not any(hooks_of(module)) and "forward" not in vars(module)
+                return x, k
+            x, is_own, is_product = result, is_own or not is_view, makes_product
+        return x, len(steps)

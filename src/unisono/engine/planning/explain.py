@@ -103,14 +103,17 @@ class _Passes(TorchFunctionMode):
     def native_layers(self, template: Template) -> Iterator[None]:
         """Take attention layers as one op where torch runs them as one, which no mode sees."""
         native = [] if torch.is_grad_enabled() else native_layers(template.module)
+        short = [vars(module).get("forward") for module in native]
         for module in native:
             module.forward = partial(self._run_native, module, module.forward)
         template.look()
         try:
             yield
         finally:
-            for module in native:
+            for module, forward in zip(native, short, strict=True):
                 del module.forward
+                if forward is not None:
+                    module.forward = forward
             template.look()
 
     def _run_native(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from unisono.engine.axis import Operand
-from unisono.engine.rules.layout import for_each_member, unfolded
+from unisono.engine.rules.layout import for_each_member, members_first, unfolded
 
 _MAX = 2
 
@@ -50,6 +51,20 @@ def embedding_bag(
     )
     own = [(unfolded(y, 0, n), 0), _own(bag_of, n, member * num_bags), _own(size, n, None)]
     return [*own, _own(largest, n, member.unsqueeze(-1) * rows_of_table if mode == _MAX else None)]
+
+
+def bags_of_one_length(n: int, weight: Operand, indices: Operand, mode: str) -> Operand | None:
+    """``y[i][b] = reduce(weight[i][indices[i][b]])``; indices: (N, B, L) -> (N, B, D)."""
+    is_shared = indices[1] is None
+    ids = members_first(indices)  # (N, B, L), or (B, L) for all members
+    if weight[1] is None or ids.dim() != 3 - is_shared or ids.numel() == 0:
+        return None
+    tables = members_first(weight)
+    end = n * tables.shape[1]
+    first_rows = torch.arange(0, end, tables.shape[1], device=ids.device, dtype=ids.dtype)
+    rows = (ids + first_rows.view(n, 1, 1)).view(-1, ids.shape[-1])  # (N * B, L)
+    y = F.embedding_bag(rows, tables.flatten(0, 1), mode=mode)
+    return y.view(n, -1, y.shape[1]), 0
 
 
 def _own(value: Tensor, n: int, first: Tensor | None) -> Operand:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unisono.engine.axis import Operand
+from unisono.engine.axis import Operand, is_observed
 from unisono.engine.rules.layout import members_first
 
 
@@ -66,9 +66,21 @@ def _scaled(
     w, b = (None if p is None else _behind(p, y.dim(), dims) for p in (weight, bias))
     if w is None:
         result = y if b is None else y + b
+    elif b is not None and not is_shared and _is_writable(y, w, b):
+        return torch.addcmul(b, y, w, out=y)
     else:
         result = y * w if b is None else torch.addcmul(b, y, w)
     return result.to(y.dtype)  # parameters of another type don't change that of the result
+
+
+def _is_writable(y: Tensor, *others: Tensor) -> bool:
+    """Whether nothing needs the fresh ``y``, and nobody around listens, so it can be written to."""
+    return (
+        not torch.is_grad_enabled()
+        and all(other.dtype == y.dtype for other in others)
+        and not torch.compiler.is_compiling()
+        and not is_observed()
+    )
 
 
 def _behind(operand: Operand, total: int, dims: int) -> Tensor:

@@ -6,6 +6,9 @@ so what is computed here is written to where it was read from wherever the memor
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,6 +18,7 @@ from unisono.engine.rules.layout import for_each_member, unfolded
 
 _CACHED = 1 << 20  # bytes, for the queries, keys and values of the members that run at once
 
+_native_layer: Callable[..., Tensor] = torch._transformer_encoder_layer_fwd
 _CAUSAL, _PADDING, _FULL = 0, 1, 2  # what a mask is: (T, S), (B, S) or (B, H, T, S)
 
 
@@ -87,7 +91,8 @@ def encoder_layer(
 ) -> Operand | None:
     """One Transformer encoder layer of all members, (N, B, T, E) -> (N, B, T, E).
 
-    So many members at a time as keep what lies between input and output in the processor's cache.
+    So many members at a time as keep what lies between input and output in the processor's cache;
+    a single one by torch's own op, which has no pass of its own for scale and shift of the norms.
     """
     weights = (
         *(qkv_weight, qkv_bias, weight, bias),
@@ -98,11 +103,24 @@ def encoder_layer(
         return None
     value = for_each_member(x, n)
     own = [for_each_member(operand, n) for operand in weights]
+    size = max(1, min(n, _CACHED * n // (3 * value.nbytes)))
+    if size < n and value.device.type != "cpu":
+        size = n
+    if size == 1:
+        masks = [None] * n if mask is None else for_each_member(mask, n).unbind()
+        before, between = (embed_dim, num_heads), (use_gelu, norm_first, eps)
+        columns: Iterator[Any] = zip(
+            value.unbind(), masks, *(tensor.unbind() for tensor in own), strict=True
+        )
+        ys = [
+            _native_layer(own_x, *before, *w[:4], *between, *w[4:], own_mask, mask_type)
+            for own_x, own_mask, *w in columns
+        ]
+        return torch.stack(ys), 0
     blocked = None if mask is None else _blocked(mask, n, value.shape[1], mask_type)
     y = value.new_empty(value.shape)
     options = (num_heads, eps, use_gelu, norm_first)
-    size = max(1, min(n, _CACHED * n // (3 * value.nbytes)))
-    if size == n or value.device.type != "cpu":
+    if size == n:
         _encode(value, own, blocked, y, *options)
         return y, 0
     batch = value.shape[1]

@@ -1,0 +1,295 @@
+"""Torch's own layers as steps on plain tensors, without the way through module and dispatcher.
+
+A step runs the rule of its layer at once. Between two steps nobody sees the result, so what
+follows may write to where it reads from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unisono.engine.axis import Operand, hooks_of, parameters_of, unwrap
+from unisono.engine.rules.conv import conv
+from unisono.engine.rules.embedding import embedding
+from unisono.engine.rules.embedding_bag import bags_of_one_length
+from unisono.engine.rules.layer_norm import layer_norm
+from unisono.engine.rules.layout import members_first
+from unisono.engine.rules.linear import linear
+from unisono.engine.rules.native_attention import encoder_layer
+from unisono.engine.rules.norm import batch_norm
+from unisono.engine.rules.spatial import spatial
+
+Run = Callable[[int, Operand, int], Operand | None]
+"""``run(n, x, level)``: what the layer makes of ``x``; None where the layer itself has to run."""
+
+
+class Activation(NamedTuple):
+    """What a layer does to each element."""
+
+    in_place: Callable[[Tensor], Tensor]
+    out_of_place: Callable[[Tensor], Tensor]
+    keeps_result: bool  # whether its derivative is a function of the result, not of the input
+    overwrites: bool  # whether the user asked for ``inplace=True``
+
+
+class Step(NamedTuple):
+    """One layer.
+
+    Attributes:
+        module: The layer.
+        run: What it does, None if it is an activation.
+        activation: What it does to each element, None otherwise.
+        is_view: Whether its result may lie in the memory of its input.
+        is_product: Whether its result is a product of matrices, which backward doesn't need.
+    """
+
+    module: nn.Module
+    run: Run | None
+    activation: Activation | None = None
+    is_view: bool = False
+    is_product: bool = False
+
+
+def step_of(module: nn.Module) -> Step | None:
+    """The step of a layer; None if it isn't one of torch's own classes, or somebody looks at it."""
+    make = _STEPS.get(type(module))
+    if make is None or "forward" in vars(module) or any(hooks_of(module)):
+        return None
+    return make(module)
+
+
+def _parameter(own: Mapping[str, Tensor | None], name: str, level: int) -> Operand | None:
+    value = own[name]
+    return None if value is None else unwrap(value, level)
+
+
+def _linear(module: nn.Module) -> Step | None:
+    own: Any = parameters_of(module)
+    if not {"weight", "bias"} <= own.keys():  # computed by a hook or a parametrization
+        return None
+
+    def run(n: int, x: Operand, level: int) -> Operand | None:
+        return linear(n, x, unwrap(own["weight"], level), _parameter(own, "bias", level))
+
+    return Step(module, run, is_product=True)
+
+
+def _conv(module: Any) -> Step | None:
+    own: Any = parameters_of(module)
+    if not {"weight", "bias"} <= own.keys() or module.padding_mode != "zeros":
+        return None
+
+    def run(n: int, x: Operand, level: int) -> Operand | None:
+        options = (module.stride, module.padding, module.dilation, module.groups)
+        return conv(n, x, unwrap(own["weight"], level), _parameter(own, "bias", level), *options)
+
+    return Step(module, run)
+
+
+def _batch_norm(dims: int) -> Callable[[Any], Step | None]:
+    def make(module: Any) -> Step | None:
+        own: Any = parameters_of(module)
+
+        def run(n: int, x: Operand, level: int) -> Operand | None:
+            mean, var = module.running_mean, module.running_var
+            is_batched = x[0].dim() - (x[1] is not None) == dims + 2
+            if module.training or mean is None or var is None or not is_batched:
+                return None
+            weight, bias = (_parameter(own, name, level) for name in ("weight", "bias"))
+            statistics = unwrap(mean, level), unwrap(var, level)
+            cudnn = torch.backends.cudnn.enabled
+            return batch_norm(n, x, weight, bias, *statistics, False, 0.0, module.eps, cudnn)
+
+        return Step(module, run) if {"weight", "bias"} <= own.keys() else None
+
+    return make
+
+
+def _layer_norm(module: Any) -> Step | None:
+    own: Any = parameters_of(module)
+    if not {"weight", "bias"} <= own.keys():
+        return None
+
+    def run(n: int, x: Operand, level: int) -> Operand | None:
+        weight, bias = (_parameter(own, name, level) for name in ("weight", "bias"))
+        return layer_norm(n, x, module.normalized_shape, weight, bias, module.eps)
+
+    return Step(module, run)
+
+
+def _embedding(module: Any) -> Step | None:
+    own: Any = parameters_of(module)
+    if "weight" not in own or module.max_norm is not None:
+        return None
+
+    def run(n: int, x: Operand, level: int) -> Operand | None:
+        padding = -1 if module.padding_idx is None else module.padding_idx
+        options = (padding, module.scale_grad_by_freq, module.sparse)
+        return embedding(n, unwrap(own["weight"], level), x, *options)
+
+    return Step(module, run)
+
+
+def _embedding_bag(module: Any) -> Step | None:
+    own: Any = parameters_of(module)
+    plain = module.max_norm is None and module.padding_idx is None
+    if "weight" not in own or not plain or module.scale_grad_by_freq:
+        return None
+
+    def run(n: int, x: Operand, level: int) -> Operand | None:
+        return bags_of_one_length(n, unwrap(own["weight"], level), x, module.mode)
+
+    return Step(module, run)
+
+
+def _encoder_layer(module: Any) -> Step | None:
+    """Without masks and gradients; else the layer itself runs."""
+    attention = module.self_attn
+    out, norms = attention.out_proj, (module.norm1, module.norm2)
+    linears = (module.linear1, module.linear2)
+    is_plain = (
+        type(attention) is nn.MultiheadAttention
+        and type(out) is nn.modules.linear.NonDynamicallyQuantizableLinear
+        and all(type(linear) is nn.Linear for linear in linears)
+        and all(type(norm) is nn.LayerNorm for norm in norms)
+        and not any("forward" in vars(each) or any(hooks_of(each)) for each in module.modules())
+        and attention.batch_first
+        and attention._qkv_same_embed_dim
+        and attention.num_heads % 2 == 0
+        and module.activation_relu_or_gelu
+        and module.norm1.eps == module.norm2.eps
+    )
+    homes: list[Any] = [(parameters_of(attention), "in_proj_")]
+    homes += [(parameters_of(part), "") for part in (out, *norms, *linears)]
+    names = [(own, prefix + kind) for own, prefix in homes for kind in ("weight", "bias")]
+    if not is_plain or any(own.get(name) is None for own, name in names):
+        return None
+    sizes: Any = (attention.embed_dim, attention.num_heads)
+    options = (module.activation_relu_or_gelu == 2, module.norm_first, module.norm1.eps)
+
+    def run(n: int, x: Operand, level: int) -> Operand | None:
+        if torch.is_grad_enabled() or module.training:
+            return None
+        if not torch.backends.mha.get_fastpath_enabled():
+            return None
+        weights: Any = [unwrap(own[name], level) for own, name in names]
+        layer: Callable[..., Operand | None] = encoder_layer
+        return layer(n, x, *sizes, *weights[:4], *options, *weights[4:])
+
+    return Step(module, run)
+
+
+def _pool(op: str, *names: str) -> Callable[[Any], Step | None]:
+    rule = spatial(op)
+
+    def make(module: Any) -> Step | None:
+        def run(n: int, x: Operand, level: int) -> Operand | None:
+            if getattr(module, "return_indices", False):
+                return None
+            found = rule(n, x, *(getattr(module, name) for name in names))
+            return None if isinstance(found, list) else found
+
+        return Step(module, run)
+
+    return make
+
+
+def _adaptive_pool(dims: int) -> Callable[[Any], Step | None]:
+    rule = spatial(f"adaptive_avg_pool{dims}d")
+
+    def make(module: Any) -> Step | None:
+        def run(n: int, x: Operand, level: int) -> Operand | None:
+            size = module.output_size
+            size = [size] * dims if isinstance(size, int) else list(size)
+            if None in size:  # as large as the input
+                return None
+            found = rule(n, x, size)
+            return None if isinstance(found, list) else found
+
+        return Step(module, run)
+
+    return make
+
+
+def _flatten(module: Any) -> Step | None:
+    def run(n: int, x: Operand, level: int) -> Operand | None:
+        value, dim = x
+        if (module.start_dim, module.end_dim) != (1, -1) or value.dim() - (dim is not None) < 2:
+            return None
+        return (value.flatten(1), None) if dim is None else (members_first(x).flatten(2), 0)
+
+    return Step(module, run, is_view=True)
+
+
+def _nothing(module: Any) -> Step | None:
+    """Identity, and dropout while it drops nothing."""
+    is_dropout = not isinstance(module, nn.Identity)
+
+    def run(n: int, x: Operand, level: int) -> Operand | None:
+        return None if is_dropout and module.training else x
+
+    return Step(module, run, is_view=True)
+
+
+def _activation(
+    in_place: Callable[..., Tensor],
+    out_of_place: Callable[..., Tensor],
+    *names: str,
+    keeps_result: bool = False,
+) -> Callable[[Any], Step | None]:
+    def make(module: Any) -> Step | None:
+        def with_options(function: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+            if not names:
+                return function
+            return lambda x: function(x, *(getattr(module, name) for name in names))
+
+        overwrites = getattr(module, "inplace", False)
+        functions = with_options(in_place), with_options(out_of_place)
+        return Step(module, None, Activation(*functions, keeps_result, overwrites))
+
+    return make
+
+
+_aten: Final = torch.ops.aten
+_AVERAGE: Final = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
+_MAX: Final = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+
+_STEPS: Final[Mapping[type[nn.Module], Callable[[Any], Step | None]]] = {
+    nn.Linear: _linear,
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _conv),
+    nn.BatchNorm2d: _batch_norm(2),
+    nn.BatchNorm3d: _batch_norm(3),
+    nn.LayerNorm: _layer_norm,
+    nn.Embedding: _embedding,
+    nn.EmbeddingBag: _embedding_bag,
+    nn.TransformerEncoderLayer: _encoder_layer,
+    nn.MaxPool1d: _pool("max_pool1d", *_MAX),
+    nn.MaxPool2d: _pool("max_pool2d", *_MAX),
+    nn.MaxPool3d: _pool("max_pool3d", *_MAX),
+    nn.AvgPool1d: _pool("avg_pool1d", *_AVERAGE),
+    nn.AvgPool2d: _pool("avg_pool2d", *_AVERAGE, "divisor_override"),
+    nn.AvgPool3d: _pool("avg_pool3d", *_AVERAGE, "divisor_override"),
+    nn.AdaptiveAvgPool1d: _adaptive_pool(1),
+    nn.AdaptiveAvgPool2d: _adaptive_pool(2),
+    nn.AdaptiveAvgPool3d: _adaptive_pool(3),
+    nn.Flatten: _flatten,
+    **dict.fromkeys((nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), _nothing),
+    nn.ReLU: _activation(torch.relu_, torch.relu, keeps_result=True),
+    nn.Tanh: _activation(torch.tanh_, torch.tanh, keeps_result=True),
+    nn.Sigmoid: _activation(torch.sigmoid_, torch.sigmoid, keeps_result=True),
+    nn.GELU: _activation(
+        lambda x, kind: _aten.gelu_(x, approximate=kind),
+        lambda x, kind: F.gelu(x, approximate=kind),
+        "approximate",
+    ),
+    nn.SiLU: _activation(_aten.silu_, F.silu),
+    nn.Hardswish: _activation(_aten.hardswish_, F.hardswish),
+    nn.Hardsigmoid: _activation(_aten.hardsigmoid_, F.hardsigmoid),
+    nn.LeakyReLU: _activation(F.leaky_relu_, F.leaky_relu, "negative_slope"),
+    nn.ELU: _activation(F.elu_, F.elu, "alpha"),
+}
