@@ -18,6 +18,7 @@ from unisono.engine.opbyop.remedies import detour_text, fallback_text
 from unisono.engine.parts import Call, Result
 from unisono.engine.planning.chunking import chunk_within, sizes_of
 from unisono.engine.planning.explain import ops_of
+from unisono.engine.planning.heap import keep_freed_memory
 from unisono.engine.planning.measuring import measure_either_way, why_not_measured
 from unisono.engine.planning.plan import Plan, RunName, StrategyName
 from unisono.engine.planning.remembered import recall, remember
@@ -217,6 +218,7 @@ class Planner:
             plan = self._plans.get(signature)
             if plan is not None:
                 return Choice(signature, plan)
+            keep_freed_memory()
             reason = f'strategy="{options.strategy}" was asked for'
             return Choice(signature, Plan(options.strategy, chunk_size, reason), is_new=True)
         home = next((value for value in values if isinstance(value, Tensor)), _NOWHERE)
@@ -249,6 +251,7 @@ class Planner:
                     return Choice(by_rule, plan)
                 reason = f"by rule all members at once: {why_not}"
                 return Choice(by_rule, Plan("fused", chunk_size, reason), is_new=True)
+            keep_freed_memory()
             if not self._plans:  # later the order of the parameters is settled
                 adopt(template, demanded_format(template))
             key = self._key(signature, template)
