@@ -430,3 +430,78 @@ def test_an_encoder_layer_beyond_the_cache_is_torchs_own_op(
             outputs = Ensemble(layers, strategy="fused")(per_member(xs), **masks)
             own = [layer(x, **masks) for layer, x in zip(layers, xs, strict=True)]
         assert torch.equal(outputs, torch.stack(own))
+
+
+def ops_of(ens: Ensemble, *args: object) -> list[str]:
+    """The ops of a call without gradients; a mode would keep layers from taking the short way."""
+    with torch.no_grad():
+        ens(*args)
+        with torch.profiler.profile() as profile:
+            ens(*args)
+    return [event.name for event in sorted(profile.events(), key=lambda e: e.time_range.start)]
+
+
+JOINED = {
+    "affine": (nn.Conv2d(4, 4, 3, bias=True), nn.BatchNorm2d(4)),
+    "no bias": (nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=2, bias=False), nn.BatchNorm2d(4)),
+    "not affine": (nn.Conv2d(4, 2, 3, padding="same"), nn.BatchNorm2d(2, affine=False)),
+    "three axes": (nn.Conv3d(4, 2, 2), nn.BatchNorm3d(2)),
+}
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per member"])
+@pytest.mark.parametrize("name", JOINED)
+def test_a_batch_norm_behind_a_convolution_is_part_of_it(
+    name: str, shared: bool, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "_MANY", 0)
+    models = [chain(*JOINED[name])().eval() for _ in range(3)]
+    for model in models:
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                nn.init.uniform_(tensor, 0.5, 1.5)
+        if channels_last and name != "three axes":
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ens = Ensemble(models, strategy="fused")
+    shape = (8, 4, 5, 5, 5) if name == "three axes" else (8, 4, 20, 20)
+    xs = torch.randn(3, *shape, dtype=torch.float64)
+    given = [xs[0]] * 3 if shared else list(xs)
+    with torch.no_grad():
+        expected = torch.stack([model(x) for model, x in zip(models, given, strict=True)])
+        torch.testing.assert_close(ens(xs[0] if shared else per_member(xs)), expected)
+    found = ops_of(ens, xs[0] if shared else per_member(xs))
+    assert not [op for op in found if "batch_norm" in op]
+
+
+@pytest.mark.parametrize(
+    "why", ["train mode", "gradients", "few results", "more filters than results", "half"]
+)
+def test_and_where_it_cannot_be_or_does_not_pay_it_is_a_layer(
+    why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "_MANY", 1 << 30 if why == "few results" else 0)
+    models = [nn.Sequential(nn.Conv2d(4, 64, 3), nn.BatchNorm2d(64)).eval() for _ in range(3)]
+    x = torch.randn(1, 4, 5, 5) if why == "more filters than results" else torch.randn(4, 4, 30, 30)
+    for model in models:
+        model.train(why == "train mode")
+        model.to(torch.bfloat16 if why == "half" else torch.float32)
+    ens = Ensemble(models, strategy="fused")
+    x = x.to(torch.bfloat16) if why == "half" else x
+    with torch.set_grad_enabled(why == "gradients"), torch.profiler.profile() as profile:
+        ens(x)
+    assert [event for event in profile.events() if "batch_norm" in event.name]
+
+
+def test_relu_before_a_max_pool_runs_behind_it() -> None:
+    layers = (nn.Conv2d(4, 4, 3), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.ReLU(inplace=True))
+    models = [chain(*layers, nn.MaxPool2d(2))() for _ in range(3)]
+    ens = Ensemble(models, strategy="fused")
+    x = torch.randn(2, 4, 12, 12, dtype=torch.float64)
+    x[0, 0, 3, 3] = torch.nan
+    expected = torch.stack([model(x) for model in models])
+    with torch.no_grad():
+        torch.testing.assert_close(ens(x), expected, equal_nan=True)
+    torch.testing.assert_close(ens(x), expected, equal_nan=True)
+    order = [op for op in ops_of(ens, x) if op in ("aten::relu_", "aten::max_pool2d")]
+    assert order == ["aten::max_pool2d", "aten::relu_"] * 2

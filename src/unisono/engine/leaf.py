@@ -23,7 +23,7 @@ from unisono.engine.axis import (
 )
 from unisono.engine.kernels import is_alone, run_chain, run_rule
 from unisono.engine.rules.linear import linear
-from unisono.engine.steps import Step, step_of
+from unisono.engine.steps import Step, joined, step_of
 
 
 def shorten(module: nn.Module) -> None:
@@ -120,7 +120,7 @@ class _Chain:
     __slots__ = ("_steps",)
 
     def __init__(self, steps: Sequence[Step]) -> None:
-        self._steps = steps
+        self._steps = joined(steps)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The layers one after another."""
@@ -137,7 +137,7 @@ class _Chain:
 
     def _of_one_member(self, x: Tensor) -> Tensor:
         is_own = False
-        for module, _, activation, is_view, _ in self._steps:
+        for module, _, activation, is_view, *_ in self._steps:
             if activation is not None and is_own:
                 x = activation.in_place(x)
                 continue
@@ -158,9 +158,14 @@ class _Chain:
         grad = torch.is_grad_enabled()
         # Whether x lies in memory that only the chain knows, and whether backward doesn't need it.
         is_own = is_product = False
-        steps = self._steps
-        for k in range(first, len(steps)):
-            _, run, activation, is_view, makes_product = steps[k]
+        k, steps = first, self._steps
+        while k < len(steps):
+            _, run, activation, is_view, makes_product, with_next = steps[k]
+            if with_next is not None and not grad:
+                result = with_next(n, x, level)
+                if result is not None:
+                    x, is_own, is_product, k = result, True, False, k + 2
+                    continue
             if activation is not None:
                 # Backward needs the result of an activation, so the next one must not write to
                 # it. And a product with more axes is a view, of which autograd copies the whole.
@@ -171,11 +176,11 @@ class _Chain:
                     return x, k
                 else:
                     x, is_own = (activation.out_of_place(x[0]), x[1]), True
-                is_product = False
+                is_product, k = False, k + 1
                 continue
             assert run is not None
             result = run(n, x, level)
             if result is None:
                 return x, k
-            x, is_own, is_product = result, is_own or not is_view, makes_product
-        return x, len(steps)
+            x, is_own, is_product, k = result, is_own or not is_view, makes_product, k + 1
+        return x, k

@@ -6,14 +6,16 @@ follows may write to where it reads from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unisono.engine.axis import Operand, hooks_of, parameters_of, unwrap
+from unisono.engine.axis import Operand, hooks_of, is_observed, parameters_of, unwrap
 from unisono.engine.rules.conv import conv
 from unisono.engine.rules.embedding import embedding
 from unisono.engine.rules.embedding_bag import bags_of_one_length
@@ -46,6 +48,7 @@ class Step(NamedTuple):
         activation: What it does to each element, None otherwise.
         is_view: Whether its result may lie in the memory of its input.
         is_product: Whether its result is a product of matrices, which backward doesn't need.
+        with_next: What it and the next layer do in one, where there are no gradients.
     """
 
     module: nn.Module
@@ -53,6 +56,18 @@ class Step(NamedTuple):
     activation: Activation | None = None
     is_view: bool = False
     is_product: bool = False
+    with_next: Run | None = None
+
+
+def joined(steps: Sequence[Step]) -> list[Step]:
+    """The steps of a chain, some of which know what they do better together with the next one."""
+    found = list(steps)
+    for k, (step, behind) in enumerate(itertools.pairwise(steps)):
+        if type(step.module) in _CONVS and type(behind.module) in (nn.BatchNorm2d, nn.BatchNorm3d):
+            found[k] = step._replace(with_next=_conv_and_norm(step.module, behind.module))
+        elif type(step.module) is nn.ReLU and type(behind.module) in _MAX_POOLS:
+            found[k] = step._replace(with_next=_pool_and_relu(behind))
+    return found
 
 
 def step_of(module: nn.Module) -> Step | None:
@@ -89,6 +104,46 @@ def _conv(module: Any) -> Step | None:
         return conv(n, x, unwrap(own["weight"], level), _parameter(own, "bias", level), *options)
 
     return Step(module, run)
+
+
+def _conv_and_norm(convolution: Any, norm: Any) -> Run:
+    """Scale and shift of a norm by running statistics, in the filters and the bias.
+
+    ``norm(conv(x, w, b)) = conv(x, w * s, b * s + shift)`` with ``s = weight / sqrt(var + eps)``.
+    It pays where there are many results, and more than filters.
+    """
+    own: Any = parameters_of(convolution)
+    of_norm: Any = parameters_of(norm)
+
+    def run(n: int, x: Operand, level: int) -> Operand | None:
+        if norm.training or norm.running_mean is None or norm.running_var is None:
+            return None
+        w, dim = unwrap(own["weight"], level)
+        spatial = w.dim() - 3
+        if dim != 0 or w.dtype not in (torch.float32, torch.float64) or x[0].dtype != w.dtype:
+            return None
+        if x[0].dim() - (x[1] is not None) != spatial + 2 or is_observed():
+            return None
+        examples = x[0].numel() / x[0].shape[-spatial - 1] * (1 if x[1] is not None else n)
+        results = examples / math.prod(convolution.stride) * w.shape[1]
+        if results < max(_MANY, 4 * w.numel()):
+            return None
+        parts = (of_norm["weight"], of_norm["bias"], own["bias"])
+        weight, bias, b = (None if part is None else unwrap(part, level) for part in parts)
+        mean, var = unwrap(norm.running_mean, level), unwrap(norm.running_var, level)
+        if any(part is not None and part[1] != 0 for part in (weight, bias, b, mean, var)):
+            return None  # shared by all members
+        scale = (var[0] + norm.eps).rsqrt_()  # (N, O)
+        if weight is not None:
+            scale.mul_(weight[0])
+        shift = (mean[0] if b is None else mean[0] - b[0]) * scale
+        shift = shift.neg_() if bias is None else torch.sub(bias[0], shift, out=shift)
+        scaled = torch.empty_strided(w.shape, w.stride(), dtype=w.dtype, device=w.device)
+        torch.mul(w, scale.view(*scale.shape, *[1] * (spatial + 1)), out=scaled)
+        options = (convolution.stride, convolution.padding, convolution.dilation)
+        return conv(n, x, (scaled, 0), (shift, 0), *options, convolution.groups)
+
+    return run
 
 
 def _batch_norm(dims: int) -> Callable[[Any], Step | None]:
@@ -199,6 +254,16 @@ def _pool(op: str, *names: str) -> Callable[[Any], Step | None]:
     return make
 
 
+def _pool_and_relu(pool: Step) -> Run:
+    """``relu`` keeps the order, so its largest result is that of the largest, to the bit."""
+
+    def run(n: int, x: Operand, level: int) -> Operand | None:
+        found = None if pool.run is None else pool.run(n, x, level)
+        return None if found is None else (torch.relu_(found[0]), found[1])
+
+    return run
+
+
 def _adaptive_pool(dims: int) -> Callable[[Any], Step | None]:
     rule = spatial(f"adaptive_avg_pool{dims}d")
 
@@ -259,9 +324,12 @@ _aten: Final = torch.ops.aten
 _AVERAGE: Final = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
 _MAX: Final = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
 
+_MANY: Final = 1 << 18  # results of a convolution: below, changing the filters takes longer
+_CONVS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_MAX_POOLS: Final = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 _STEPS: Final[Mapping[type[nn.Module], Callable[[Any], Step | None]]] = {
     nn.Linear: _linear,
-    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _conv),
+    **dict.fromkeys(_CONVS, _conv),
     nn.BatchNorm2d: _batch_norm(2),
     nn.BatchNorm3d: _batch_norm(3),
     nn.LayerNorm: _layer_norm,
