@@ -22,7 +22,7 @@ from unisono.differences import check_in_place, check_members
 from unisono.engine.axis import Randomness
 from unisono.engine.capture import Capture
 from unisono.engine.inputs import check_inputs
-from unisono.engine.parts import Call
+from unisono.engine.parts import Call, call_member
 from unisono.engine.planning.plan import Plan, StrategyName
 from unisono.engine.planning.planner import Options, Planner
 from unisono.engine.pool import Pool
@@ -375,7 +375,7 @@ class Ensemble(nn.Module):
         Raises:
             ValueError: If a marked tensor has no member axis of length N.
         """
-        return self.run(_call_member, *args, **kwargs)
+        return self.run(call_member, *args, **kwargs)
 
     def run(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run ``fn(member, *args, **kwargs)`` for all members at once.
@@ -430,7 +430,7 @@ class Ensemble(nn.Module):
             >>> plan.strategy, [(op.op, op.how, op.rule) for op in plan.ops]
             ('fused', [('linear', 'rule', 'linear')])
         """
-        call = self._call(_call_member, args, kwargs)
+        call = self._call(call_member, args, kwargs)
         return self._planner.explain(call, self._options())
 
     def capture(self, /, *args: Any, **kwargs: Any) -> Capture:
@@ -457,7 +457,7 @@ class Ensemble(nn.Module):
             >>> predict(torch.randn(8, 3)).shape
             torch.Size([5, 8, 2])
         """
-        call = self._call(_call_member, args, kwargs)
+        call = self._call(call_member, args, kwargs)
         chunk_size = self._planner.prepare(call, self._options())
         return Capture(self._planner.pool, call, self.strategy, chunk_size)
 
@@ -729,10 +729,6 @@ class Ensemble(nn.Module):
         ensemble._planner.pool.attributes = pool.attributes
         ensemble.memory_limit = self.memory_limit
         return ensemble
-
-
-def _call_member(member: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-    return member(*args, **kwargs)
 
 
 def _one(make_model: Callable[[], nn.Module], call: str) -> nn.Module:

@@ -21,6 +21,7 @@ from unisono.engine.kernels import install
 from unisono.engine.outputs import check_arguments, check_leaf
 from unisono.engine.parts import Assigned, Call, Parts, Result
 from unisono.engine.rules import BY_MEMBER, RULES
+from unisono.engine.straight import straight
 from unisono.engine.template import Template
 from unisono.engine.tree import leaves, tree_map
 from unisono.engine.watch import Write
@@ -34,7 +35,8 @@ Strategy = Callable[[Template, Sequence[Any], Call], Result]
 
 def fused(template: Template, values: Sequence[Any], call: Call) -> Result:
     """Run ``forward`` once, every tensor standing for those of all members."""
-    return at_once(template, values, call, _nothing_around)
+    known = straight(template, values, call)
+    return at_once(template, values, call, _nothing_around) if known is None else known
 
 
 def at_once(

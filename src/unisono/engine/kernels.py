@@ -123,12 +123,11 @@ def is_direct() -> bool:
     )
 
 
-def is_alone(x: Tensor) -> bool:
-    """Whether ``x`` belongs to one member, needs no gradient, and nobody listens to every op."""
+def is_outside() -> bool:
+    """Whether this thread is in no level at all, and nobody listens to every op."""
     return not (
-        type(x) is not Tensor
-        or levels.entered
-        or torch.is_grad_enabled()
+        levels.entered
+        or _state.notes is not None
         or count_modes()
         or torch.compiler.is_compiling()
         or is_observed()
@@ -155,9 +154,11 @@ def run_rule(rule: Rule, otherwise: Callable[..., Tensor], *tensors: Tensor | No
 
 
 def run_chain(
-    chain: Callable[[int, Operand, int, int], tuple[Operand, int]], x: Tensor, first: int
+    chain: Callable[[int, Operand, Callable[[Tensor], Operand], int], tuple[Operand, int]],
+    x: Tensor,
+    first: int,
 ) -> tuple[Tensor, int] | None:
-    """Run ``chain(n, operand, level, first)`` on plain tensors; None where it gets nowhere.
+    """Run ``chain(n, operand, look, first)`` on plain tensors; None where it gets nowhere.
 
     It tells how far it came.
     """
@@ -168,7 +169,7 @@ def run_chain(
     levels.entered.pop()
     layer = pop_layer()
     try:
-        (value, dim), reached = chain(n, operand, level, first)
+        (value, dim), reached = chain(n, operand, lambda tensor: unwrap(tensor, level), first)
     finally:
         push_layer(layer)
         levels.entered.append(ours)

@@ -21,9 +21,9 @@ from unisono.engine.axis import (
     is_end_of_recomputation,
     parameters_of,
 )
-from unisono.engine.kernels import is_alone, run_chain, run_rule
+from unisono.engine.kernels import is_outside, run_chain, run_rule
 from unisono.engine.rules.linear import linear
-from unisono.engine.steps import Step, joined, step_of
+from unisono.engine.steps import Look, Step, joined, step_of
 
 
 def shorten(module: nn.Module) -> None:
@@ -65,7 +65,7 @@ class LayerForward:
 
     def __init__(self, step: Step) -> None:
         self._module = step.module
-        self._chain = _Chain([step])
+        self._chain = Chain([step])
 
     def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the layer's class makes of ``input``."""
@@ -86,16 +86,21 @@ class SequentialForward:
 
     def __init__(self, sequential: nn.Sequential) -> None:
         self._modules = list(sequential)
-        self._parts: list[nn.Module | _Chain] = []
+        self._parts: list[nn.Module | Chain] = []
         chain: list[Step] = []
         for module in _flat(self._modules):
             step = step_of(module)
             if step is not None and (chain or step.run is not None):
                 chain.append(step)
                 continue
-            self._parts += [_Chain(chain), module] if chain else [module]
+            self._parts += [Chain(chain), module] if chain else [module]
             chain = []
-        self._parts += [_Chain(chain)] if chain else []
+        self._parts += [Chain(chain)] if chain else []
+
+    def chain(self) -> Chain | None:
+        """The layers, if all of them are links of one chain."""
+        first = self._parts[0] if len(self._parts) == 1 else None
+        return first if isinstance(first, Chain) else None
 
     def __call__(self, input: Tensor) -> Tensor:
         """The layers one after another."""
@@ -114,7 +119,7 @@ def _flat(modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
             yield module
 
 
-class _Chain:
+class Chain:
     """Layers behind each other, of which all but an activation may be the first."""
 
     __slots__ = ("_steps",)
@@ -124,7 +129,7 @@ class _Chain:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The layers one after another."""
-        if is_alone(x):
+        if type(x) is Tensor and not torch.is_grad_enabled() and is_outside():
             return self._of_one_member(x)
         k = 0
         while k < len(self._steps):
@@ -148,13 +153,18 @@ class _Chain:
     def run(self, x: Tensor, first: int) -> tuple[Tensor, int] | None:
         """As many layers from ``first`` on as can be, and which one comes next; None if none."""
         try:
-            return run_chain(self._run, x, first)
+            return run_chain(self._steps_from, x, first)
         except Exception as error:
             if is_end_of_recomputation(error):
                 raise
             return None
 
-    def _run(self, n: int, x: Operand, level: int, first: int) -> tuple[Operand, int]:
+    def whole(self, n: int, x: Operand, look: Look) -> Operand | None:
+        """All layers on plain tensors; None where one has to run by itself."""
+        result, reached = self._steps_from(n, x, look, 0)
+        return result if reached == len(self._steps) else None
+
+    def _steps_from(self, n: int, x: Operand, look: Look, first: int) -> tuple[Operand, int]:
         grad = torch.is_grad_enabled()
         # Whether x lies in memory that only the chain knows, and whether backward doesn't need it.
         is_own = is_product = False
@@ -162,7 +172,7 @@ class _Chain:
         while k < len(steps):
             _, run, activation, is_view, makes_product, with_next = steps[k]
             if with_next is not None and not grad:
-                result = with_next(n, x, level)
+                result = with_next(n, x, look)
                 if result is not None:
                     x, is_own, is_product, k = result, True, False, k + 2
                     continue
@@ -179,7 +189,7 @@ class _Chain:
                 is_product, k = False, k + 1
                 continue
             assert run is not None
-            result = run(n, x, level)
+            result = run(n, x, look)
             if result is None:
                 return x, k
             x, is_own, is_product, k = result, is_own or not is_view, makes_product, k + 1

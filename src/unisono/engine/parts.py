@@ -9,7 +9,7 @@ from types import FunctionType, GeneratorType, MethodType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unisono.engine import rng
 from unisono.engine.axis import Randomness
@@ -18,6 +18,11 @@ from unisono.engine.template import Template
 from unisono.engine.tree import leaves, transpose, tree_map
 from unisono.engine.watch import Kind
 from unisono.errors import EnsembleError, UnsupportedModelError
+
+
+def call_member(member: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    """What ``ens(...)`` runs for each member."""
+    return member(*args, **kwargs)
 
 
 class Call(NamedTuple):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unisono.engine.axis import Operand, hooks_of, is_observed, parameters_of, unwrap
+from unisono.engine.axis import Operand, hooks_of, is_observed, parameters_of
 from unisono.engine.rules.conv import conv
 from unisono.engine.rules.embedding import embedding
 from unisono.engine.rules.embedding_bag import bags_of_one_length
@@ -26,8 +26,11 @@ from unisono.engine.rules.native_attention import encoder_layer
 from unisono.engine.rules.norm import batch_norm
 from unisono.engine.rules.spatial import spatial
 
-Run = Callable[[int, Operand, int], Operand | None]
-"""``run(n, x, level)``: what the layer makes of ``x``; None where the layer itself has to run."""
+Look = Callable[[Tensor], Operand]
+"""What a tensor of the layer is for all members."""
+
+Run = Callable[[int, Operand, Look], Operand | None]
+"""``run(n, x, look)``: what the layer makes of ``x``; None where the layer itself has to run."""
 
 
 class Activation(NamedTuple):
@@ -78,9 +81,9 @@ def step_of(module: nn.Module) -> Step | None:
     return make(module)
 
 
-def _parameter(own: Mapping[str, Tensor | None], name: str, level: int) -> Operand | None:
+def _parameter(own: Mapping[str, Tensor | None], name: str, look: Look) -> Operand | None:
     value = own[name]
-    return None if value is None else unwrap(value, level)
+    return None if value is None else look(value)
 
 
 def _linear(module: nn.Module) -> Step | None:
@@ -88,8 +91,8 @@ def _linear(module: nn.Module) -> Step | None:
     if not {"weight", "bias"} <= own.keys():  # computed by a hook or a parametrization
         return None
 
-    def run(n: int, x: Operand, level: int) -> Operand | None:
-        return linear(n, x, unwrap(own["weight"], level), _parameter(own, "bias", level))
+    def run(n: int, x: Operand, look: Look) -> Operand | None:
+        return linear(n, x, look(own["weight"]), _parameter(own, "bias", look))
 
     return Step(module, run, is_product=True)
 
@@ -99,9 +102,9 @@ def _conv(module: Any) -> Step | None:
     if not {"weight", "bias"} <= own.keys() or module.padding_mode != "zeros":
         return None
 
-    def run(n: int, x: Operand, level: int) -> Operand | None:
+    def run(n: int, x: Operand, look: Look) -> Operand | None:
         options = (module.stride, module.padding, module.dilation, module.groups)
-        return conv(n, x, unwrap(own["weight"], level), _parameter(own, "bias", level), *options)
+        return conv(n, x, look(own["weight"]), _parameter(own, "bias", look), *options)
 
     return Step(module, run)
 
@@ -115,10 +118,10 @@ def _conv_and_norm(convolution: Any, norm: Any) -> Run:
     own: Any = parameters_of(convolution)
     of_norm: Any = parameters_of(norm)
 
-    def run(n: int, x: Operand, level: int) -> Operand | None:
+    def run(n: int, x: Operand, look: Look) -> Operand | None:
         if norm.training or norm.running_mean is None or norm.running_var is None:
             return None
-        w, dim = unwrap(own["weight"], level)
+        w, dim = look(own["weight"])
         spatial = w.dim() - 3
         if dim != 0 or w.dtype not in (torch.float32, torch.float64) or x[0].dtype != w.dtype:
             return None
@@ -129,8 +132,8 @@ def _conv_and_norm(convolution: Any, norm: Any) -> Run:
         if results < max(_MANY, 4 * w.numel()):
             return None
         parts = (of_norm["weight"], of_norm["bias"], own["bias"])
-        weight, bias, b = (None if part is None else unwrap(part, level) for part in parts)
-        mean, var = unwrap(norm.running_mean, level), unwrap(norm.running_var, level)
+        weight, bias, b = (None if part is None else look(part) for part in parts)
+        mean, var = look(norm.running_mean), look(norm.running_var)
         if any(part is not None and part[1] != 0 for part in (weight, bias, b, mean, var)):
             return None  # shared by all members
         scale = (var[0] + norm.eps).rsqrt_()  # (N, O)
@@ -150,13 +153,13 @@ def _batch_norm(dims: int) -> Callable[[Any], Step | None]:
     def make(module: Any) -> Step | None:
         own: Any = parameters_of(module)
 
-        def run(n: int, x: Operand, level: int) -> Operand | None:
+        def run(n: int, x: Operand, look: Look) -> Operand | None:
             mean, var = module.running_mean, module.running_var
             is_batched = x[0].dim() - (x[1] is not None) == dims + 2
             if module.training or mean is None or var is None or not is_batched:
                 return None
-            weight, bias = (_parameter(own, name, level) for name in ("weight", "bias"))
-            statistics = unwrap(mean, level), unwrap(var, level)
+            weight, bias = (_parameter(own, name, look) for name in ("weight", "bias"))
+            statistics = look(mean), look(var)
             cudnn = torch.backends.cudnn.enabled
             return batch_norm(n, x, weight, bias, *statistics, False, 0.0, module.eps, cudnn)
 
@@ -170,8 +173,8 @@ def _layer_norm(module: Any) -> Step | None:
     if not {"weight", "bias"} <= own.keys():
         return None
 
-    def run(n: int, x: Operand, level: int) -> Operand | None:
-        weight, bias = (_parameter(own, name, level) for name in ("weight", "bias"))
+    def run(n: int, x: Operand, look: Look) -> Operand | None:
+        weight, bias = (_parameter(own, name, look) for name in ("weight", "bias"))
         return layer_norm(n, x, module.normalized_shape, weight, bias, module.eps)
 
     return Step(module, run)
@@ -182,10 +185,10 @@ def _embedding(module: Any) -> Step | None:
     if "weight" not in own or module.max_norm is not None:
         return None
 
-    def run(n: int, x: Operand, level: int) -> Operand | None:
+    def run(n: int, x: Operand, look: Look) -> Operand | None:
         padding = -1 if module.padding_idx is None else module.padding_idx
         options = (padding, module.scale_grad_by_freq, module.sparse)
-        return embedding(n, unwrap(own["weight"], level), x, *options)
+        return embedding(n, look(own["weight"]), x, *options)
 
     return Step(module, run)
 
@@ -196,8 +199,8 @@ def _embedding_bag(module: Any) -> Step | None:
     if "weight" not in own or not plain or module.scale_grad_by_freq:
         return None
 
-    def run(n: int, x: Operand, level: int) -> Operand | None:
-        return bags_of_one_length(n, unwrap(own["weight"], level), x, module.mode)
+    def run(n: int, x: Operand, look: Look) -> Operand | None:
+        return bags_of_one_length(n, look(own["weight"]), x, module.mode)
 
     return Step(module, run)
 
@@ -227,12 +230,12 @@ def _encoder_layer(module: Any) -> Step | None:
     sizes: Any = (attention.embed_dim, attention.num_heads)
     options = (module.activation_relu_or_gelu == 2, module.norm_first, module.norm1.eps)
 
-    def run(n: int, x: Operand, level: int) -> Operand | None:
+    def run(n: int, x: Operand, look: Look) -> Operand | None:
         if torch.is_grad_enabled() or module.training:
             return None
         if not torch.backends.mha.get_fastpath_enabled():
             return None
-        weights: Any = [unwrap(own[name], level) for own, name in names]
+        weights: Any = [look(own[name]) for own, name in names]
         layer: Callable[..., Operand | None] = encoder_layer
         return layer(n, x, *sizes, *weights[:4], *options, *weights[4:])
 
@@ -243,7 +246,7 @@ def _pool(op: str, *names: str) -> Callable[[Any], Step | None]:
     rule = spatial(op)
 
     def make(module: Any) -> Step | None:
-        def run(n: int, x: Operand, level: int) -> Operand | None:
+        def run(n: int, x: Operand, look: Look) -> Operand | None:
             if getattr(module, "return_indices", False):
                 return None
             found = rule(n, x, *(getattr(module, name) for name in names))
@@ -257,8 +260,8 @@ def _pool(op: str, *names: str) -> Callable[[Any], Step | None]:
 def _pool_and_relu(pool: Step) -> Run:
     """``relu`` keeps the order, so its largest result is that of the largest, to the bit."""
 
-    def run(n: int, x: Operand, level: int) -> Operand | None:
-        found = None if pool.run is None else pool.run(n, x, level)
+    def run(n: int, x: Operand, look: Look) -> Operand | None:
+        found = None if pool.run is None else pool.run(n, x, look)
         return None if found is None else (torch.relu_(found[0]), found[1])
 
     return run
@@ -268,7 +271,7 @@ def _adaptive_pool(dims: int) -> Callable[[Any], Step | None]:
     rule = spatial(f"adaptive_avg_pool{dims}d")
 
     def make(module: Any) -> Step | None:
-        def run(n: int, x: Operand, level: int) -> Operand | None:
+        def run(n: int, x: Operand, look: Look) -> Operand | None:
             size = module.output_size
             size = [size] * dims if isinstance(size, int) else list(size)
             if None in size:  # as large as the input
@@ -282,7 +285,7 @@ def _adaptive_pool(dims: int) -> Callable[[Any], Step | None]:
 
 
 def _flatten(module: Any) -> Step | None:
-    def run(n: int, x: Operand, level: int) -> Operand | None:
+    def run(n: int, x: Operand, look: Look) -> Operand | None:
         value, dim = x
         if (module.start_dim, module.end_dim) != (1, -1) or value.dim() - (dim is not None) < 2:
             return None
@@ -295,7 +298,7 @@ def _nothing(module: Any) -> Step | None:
     """Identity, and dropout while it drops nothing."""
     is_dropout = not isinstance(module, nn.Identity)
 
-    def run(n: int, x: Operand, level: int) -> Operand | None:
+    def run(n: int, x: Operand, look: Look) -> Operand | None:
         return None if is_dropout and module.training else x
 
     return Step(module, run, is_view=True)

@@ -7,7 +7,8 @@ or a member that calls the ensemble again) never meet in one template: each borr
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from unisono.engine.axis import (
     trust_flat_weights,
 )
 from unisono.engine.joining import Rooms
-from unisono.engine.leaf import shorten
+from unisono.engine.leaf import Chain, SequentialForward, shorten
 from unisono.engine.recompute import calls, leave_out_checkpoints
 from unisono.engine.tree import leaves
 from unisono.engine.watch import Kind, State, Watch, Write, check_write
@@ -94,6 +95,7 @@ class Template:
             if isinstance(each, nn.RNNBase):
                 trust_flat_weights(each)  # its list is filled with the parameters
         shorten(module)
+        self.chain = self._only_chain()
         leave_out_checkpoints()
         self._watch = Watch(modules, attributes)
 
@@ -114,6 +116,25 @@ class Template:
         after an exception.
         """
         return _Filled(self, values)
+
+    @contextmanager
+    def lent(self, values: Sequence[Any]) -> Iterator[None]:
+        """Put ``values`` into the slots for layers that assign nothing, so nobody has to look."""
+        for mine, members in self._modes:
+            mine["training"] = members["training"]
+        for slot, value in zip(self.slots, values, strict=True):
+            slot.container[slot.key] = value
+        try:
+            yield
+        finally:
+            for slot in self.slots:
+                slot.container[slot.key] = slot.rest
+
+    def _only_chain(self) -> Chain | None:
+        """The layers of a member that is one chain, each with stacked tensors alone."""
+        forward = vars(self.module).get("forward")
+        is_seen = any(hooks_of(self.module)) or not self.holds_stacked_tensors
+        return None if is_seen or type(forward) is not SequentialForward else forward.chain()
 
     def look(self) -> None:
         """Take what stands in the tree now for its own, not for something that forward assigned."""
