@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracles
 from unisono import Ensemble, per_member
-from unisono.engine import leaf, steps
+from unisono.engine import leaf
+from unisono.engine.steps import STEPS, layers
 
 
 class Subclass(nn.Linear):
@@ -44,7 +45,7 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return function(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(leaf, "linear", by_rule)
-    monkeypatch.setattr(steps, "linear", by_rule)
+    monkeypatch.setattr(layers, "linear", by_rule)
     monkeypatch.setattr(F, "linear", by_function)
     return taken
 
@@ -325,7 +326,7 @@ def inputs_of(name: str) -> Tensor:
 
 
 def test_every_step_has_a_row() -> None:
-    assert LAYERS.keys() == {kind.__name__ for kind in steps._STEPS}
+    assert LAYERS.keys() == {kind.__name__ for kind in STEPS}
 
 
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "in a chain"])
@@ -455,7 +456,7 @@ JOINED = {
 def test_a_batch_norm_behind_a_convolution_is_part_of_it(
     name: str, shared: bool, channels_last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(steps, "_MANY", 0)
+    monkeypatch.setattr("unisono.engine.steps.pairs._MANY", 0)
     models = [chain(*JOINED[name])().eval() for _ in range(3)]
     for model in models:
         for tensor in (*model.parameters(), *model.buffers()):
@@ -475,12 +476,13 @@ def test_a_batch_norm_behind_a_convolution_is_part_of_it(
 
 
 @pytest.mark.parametrize(
-    "why", ["train mode", "gradients", "few results", "more filters than results", "half"]
+    "why",
+    ["train mode", "gradients", "few results", "more filters than results", "half", "autocast"],
 )
 def test_and_where_it_cannot_be_or_does_not_pay_it_is_a_layer(
     why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(steps, "_MANY", 1 << 30 if why == "few results" else 0)
+    monkeypatch.setattr("unisono.engine.steps.pairs._MANY", 1 << 30 if why == "few results" else 0)
     models = [nn.Sequential(nn.Conv2d(4, 64, 3), nn.BatchNorm2d(64)).eval() for _ in range(3)]
     x = torch.randn(1, 4, 5, 5) if why == "more filters than results" else torch.randn(4, 4, 30, 30)
     for model in models:
@@ -488,7 +490,8 @@ def test_and_where_it_cannot_be_or_does_not_pay_it_is_a_layer(
         model.to(torch.bfloat16 if why == "half" else torch.float32)
     ens = Ensemble(models, strategy="fused")
     x = x.to(torch.bfloat16) if why == "half" else x
-    with torch.set_grad_enabled(why == "gradients"), torch.profiler.profile() as profile:
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast")
+    with torch.set_grad_enabled(why == "gradients"), torch.profiler.profile() as profile, autocast:
         ens(x)
     assert [event for event in profile.events() if "batch_norm" in event.name]
 

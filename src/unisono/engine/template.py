@@ -120,15 +120,21 @@ class Template:
     @contextmanager
     def lent(self, values: Sequence[Any]) -> Iterator[None]:
         """Put ``values`` into the slots for layers that assign nothing, so nobody has to look."""
+        self._put(values)
+        try:
+            yield
+        finally:
+            self._clear()
+
+    def _put(self, values: Sequence[Any]) -> None:
         for mine, members in self._modes:
             mine["training"] = members["training"]
         for slot, value in zip(self.slots, values, strict=True):
             slot.container[slot.key] = value
-        try:
-            yield
-        finally:
-            for slot in self.slots:
-                slot.container[slot.key] = slot.rest
+
+    def _clear(self) -> None:
+        for slot in self.slots:
+            slot.container[slot.key] = slot.rest
 
     def _only_chain(self) -> Chain | None:
         """The layers of a member that is one chain, each with stacked tensors alone."""
@@ -147,10 +153,7 @@ class Template:
 
     def fill(self, values: Sequence[Any]) -> State:
         """Take over the modes and fill the slots; returns what `empty` compares with."""
-        for mine, members in self._modes:
-            mine["training"] = members["training"]
-        for slot, value in zip(self.slots, values, strict=True):
-            slot.container[slot.key] = value
+        self._put(values)
         return self._watch.state()
 
     def empty(self, before: State, values: Sequence[Any]) -> list[Write]:
@@ -169,8 +172,7 @@ class Template:
             }
             return [w for w in self._watch.undo(before) if not _refers_only(w, parameters)]
         finally:
-            for slot in self.slots:
-                slot.container[slot.key] = slot.rest
+            self._clear()
 
 
 class _Filled:
