@@ -145,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", default="", help="part of the names of the cases to run")
     parser.add_argument("--rounds", type=int, default=40, help="at most so many; at least 5")
     parser.add_argument("--seconds", type=float, default=6, help="for the rounds of one case")
-    parser.add_argument("--start-seconds", type=float, default=90, help="to compile or to plan")
+    parser.add_argument("--start-seconds", type=float, default=180, help="to compile or to plan")
     parser.add_argument(
         "--compile",
         choices=("none", "small", "all"),
