@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwad
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -508,3 +509,24 @@ def test_relu_before_a_max_pool_runs_behind_it() -> None:
     torch.testing.assert_close(ens(x), expected, equal_nan=True)
     order = [op for op in ops_of(ens, x) if op in ("aten::relu_", "aten::max_pool2d")]
     assert order == ["aten::max_pool2d", "aten::relu_"] * 2
+
+
+def test_what_a_user_asked_to_be_overwritten_is() -> None:
+    models = [nn.Sequential(nn.Identity(), nn.ReLU(inplace=True), nn.MaxPool2d(2)) for _ in "abc"]
+    xs = torch.randn(3, *IMAGES)
+    with torch.no_grad():
+        outputs = Ensemble(models, strategy="fused")(per_member(xs))
+    assert (xs >= 0).all()
+    expected = [model[2](x) for model, x in zip(models, xs, strict=True)]
+    torch.testing.assert_close(outputs, torch.stack(expected))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")  # torch's own use
+def test_forward_mode_differentiation_without_gradients() -> None:
+    models = [chain(nn.Linear(4, 6), nn.LayerNorm(6), nn.ReLU(), Doubled())() for _ in range(3)]
+    ens = Ensemble(models, strategy="fused")
+    with fwad.dual_level(), torch.no_grad():
+        x = fwad.make_dual(X.double(), torch.randn_like(X.double()))
+        found = fwad.unpack_dual(ens(x))  # no warning of an op that had to run by member
+        own = [fwad.unpack_dual(model(x)) for model in models]
+    torch.testing.assert_close(found.tangent, torch.stack([each.tangent for each in own]))

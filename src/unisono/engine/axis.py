@@ -270,6 +270,11 @@ def is_observed() -> bool:
     )
 
 
+def has_tangents() -> bool:
+    """Whether forward-mode differentiation goes on, which knows no ``out=``."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
 def is_unheld(tensor: Tensor) -> bool:
     """Whether no other tensor, view, array or storage object has the memory of this one."""
     storage = tensor.untyped_storage()

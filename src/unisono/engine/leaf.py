@@ -171,7 +171,8 @@ class Chain:
         k, steps = first, self._steps
         while k < len(steps):
             _, run, activation, is_view, makes_product, with_next = steps[k]
-            if with_next is not None and not grad:
+            writes_to_given = activation is not None and activation.overwrites and not is_own
+            if with_next is not None and not grad and not writes_to_given:
                 result = with_next(n, x, look)
                 if result is not None:
                     x, is_own, is_product, k = result, True, False, k + 2

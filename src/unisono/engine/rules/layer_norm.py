@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unisono.engine.axis import Operand, is_observed
+from unisono.engine.axis import Operand, has_tangents, is_observed
 from unisono.engine.rules.layout import members_first
 
 
@@ -80,6 +80,7 @@ def _is_writable(y: Tensor, *others: Tensor) -> bool:
         and all(other.dtype == y.dtype for other in others)
         and not torch.compiler.is_compiling()
         and not is_observed()
+        and not has_tangents()
     )
 
 
