@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -203,6 +204,47 @@ def test_activations_between_layers_are_in_place(grad: bool) -> None:
         "relu_", "tanh_", "sigmoid_"
     ]  # fmt: skip
     assert not {"relu", "tanh", "sigmoid"} & set(mode.ops)
+
+
+class Block(nn.Sequential):
+    """Chooses layers and does nothing else, as torchvision's `Conv2dNormActivation`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, width), nn.Tanh())
+
+
+class Residual(Block):
+    def forward(self, input: Tensor) -> Tensor:
+        return input + super().forward(input)
+
+
+class Reversed(Block):
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter([self[k] for k in (2, 3, 0, 1)])
+
+
+class Doubling(Block):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return 2 * super().__call__(*args, **kwargs)
+
+
+@pytest.mark.parametrize("inner", [True, False], ids=["in another", "alone"])
+def test_a_sequential_that_only_chooses_layers_is_a_chain(inner: bool) -> None:
+    models = [nn.Sequential(nn.Identity(), Block(4)) if inner else Block(4) for _ in range(3)]
+    with torch.no_grad(), Recording() as mode:
+        found = Ensemble(models, strategy="fused")(X)
+        expected = torch.stack([model(X) for model in models])
+    torch.testing.assert_close(found, expected)
+    assert [op for op in mode.ops if op in ("relu_", "tanh_")] == ["relu_", "tanh_"]
+
+
+@pytest.mark.parametrize("kind", [Residual, Reversed, Doubling])
+@pytest.mark.parametrize("inner", [True, False], ids=["in another", "alone"])
+def test_a_sequential_with_a_forward_of_its_own_keeps_it(kind: type[Block], inner: bool) -> None:
+    models = [nn.Sequential(nn.Identity(), kind(4)) if inner else kind(4) for _ in range(3)]
+    with torch.no_grad():
+        found = Ensemble(models, strategy="fused")(X)
+        torch.testing.assert_close(found, torch.stack([model(X) for model in models]))
 
 
 def test_the_input_is_never_written_to() -> None:

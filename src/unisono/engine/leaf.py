@@ -35,8 +35,9 @@ def shorten(module: nn.Module) -> None:
     for each in list(module.modules()):  # a Sequential before its layers
         if "forward" in vars(each):
             continue
-        if type(each) is nn.Sequential:
-            each.forward = SequentialForward(each)  # type: ignore[method-assign]
+        if isinstance(each, nn.Sequential):
+            if _is_plain(each):
+                each.forward = SequentialForward(each)  # type: ignore[method-assign]
         elif type(each) is nn.Linear:
             if {"weight", "bias"} <= parameters_of(each).keys():
                 each.forward = LinearForward(each)  # type: ignore[method-assign]
@@ -109,11 +110,21 @@ class SequentialForward:
         return input
 
 
+def _is_plain(module: nn.Sequential) -> bool:
+    """Whether it does what ``nn.Sequential`` does, as subclasses that only choose layers do."""
+    own, plain = type(module), nn.Sequential
+    return (own.forward, own.__call__, own.__iter__) == (
+        plain.forward,
+        plain.__call__,
+        plain.__iter__,
+    )
+
+
 def _flat(modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
     """The layers, those of an inner Sequential at which nobody looks in its place."""
     for module in modules:
-        is_plain = type(module) is nn.Sequential and "forward" not in vars(module)
-        if isinstance(module, nn.Sequential) and is_plain and not any(hooks_of(module)):
+        is_seen = "forward" in vars(module) or any(hooks_of(module))
+        if isinstance(module, nn.Sequential) and _is_plain(module) and not is_seen:
             yield from _flat(list(module))
         else:
             yield module
