@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import torch
 
+from unisono.engine.capture.folding import with_folded_norms
 from unisono.engine.capture.trace import Op, Ref, Trace, map_args
 
 # Copies of a tensor as it is, if the layout doesn't change either.
@@ -36,6 +37,7 @@ def simplify(trace: Trace) -> Program:
     ops, views = _without_views_of_weights(trace, ops)
     ops = _without_repetitions(trace, ops, views)
     ops = _needed(trace, ops, trace.outputs, lambda ref: trace.values[ref].storage)
+    ops = with_folded_norms(trace, ops)
     ops, outputs = _with_fresh_outputs(trace, ops)
     reuse = _Reuse(trace, ops, outputs)
     ops, outputs = reuse.run()

@@ -30,11 +30,15 @@ def joined(steps: Sequence[Step]) -> list[Step]:
     return found
 
 
+def pays_to_fold(results: float, filters: int) -> bool:
+    """Whether a norm is better folded into the convolution: of many results, more than filters."""
+    return results >= max(_MANY, 4 * filters)
+
+
 def _conv_and_norm(convolution: Any, norm: Any) -> Run:
     """Scale and shift of a norm by running statistics, in the filters and the bias.
 
     ``norm(conv(x, w, b)) = conv(x, w * s, b * s + shift)`` with ``s = weight / sqrt(var + eps)``.
-    It pays where there are many results, and more than filters.
     """
     own: Any = parameters_of(convolution)
     of_norm: Any = parameters_of(norm)
@@ -52,7 +56,7 @@ def _conv_and_norm(convolution: Any, norm: Any) -> Run:
             return None  # it would round the changed filters
         examples = x[0].numel() / x[0].shape[-spatial - 1] * (1 if x[1] is not None else n)
         results = examples / math.prod(convolution.stride) * w.shape[1]
-        if results < max(_MANY, 4 * w.numel()):
+        if not pays_to_fold(results, w.numel()):
             return None
         parts = (of_norm["weight"], of_norm["bias"], own["bias"])
         weight, bias, b = (None if part is None else look(part) for part in parts)
