@@ -83,7 +83,10 @@ PUBLIC_MODULES = (
     "unisono.combine",
     "unisono.distributed",
     "unisono.estimators",
+    "unisono.export",
+    "unisono.hub",
     "unisono.optim",
+    "unisono.plans",
     "unisono.plots",
     "unisono.report",
     "unisono.selection",
@@ -96,7 +99,8 @@ def public_names():
     """Every public function and class, by dotted name; the classes' public methods too."""
     for module_name in PUBLIC_MODULES:
         module = importlib.import_module(module_name)
-        for name in dir(module):  # not vars: what is imported on first use isn't there yet
+        # Not vars: what is imported on first use isn't there yet.
+        for name in getattr(module, "__all__", dir(module)):
             obj = getattr(module, name)
             ours = getattr(obj, "__module__", "").partition(".")[0] == "unisono"
             if name.startswith("_") or not ours or not callable(obj):

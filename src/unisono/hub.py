@@ -22,6 +22,8 @@ from unisono.evaluation.result import Evaluation
 from unisono.files import replacing
 from unisono.model_card import model_card, sealed, was_edited
 
+__all__ = ["CARD", "CONFIG", "save"]
+
 CARD: Final = "README.md"
 CONFIG: Final = "config.json"
 _FORMAT: Final = 1

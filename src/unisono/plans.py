@@ -24,6 +24,8 @@ from unisono.engine.where import caller_level
 from unisono.errors import CheckpointError, EnsembleWarning
 from unisono.files import replacing
 
+__all__ = ["clear", "from_dict", "load", "save", "to_dict"]
+
 _FORMAT: Final = 1
 
 
@@ -56,7 +58,16 @@ def save(path: str | os.PathLike[str]) -> int:
 
 
 def to_dict() -> dict[str, Any]:
-    """All plans made or loaded in this process, and what they depend on, ready for JSON."""
+    """All plans made or loaded in this process, and what they depend on, ready for JSON.
+
+    Returns:
+        ``{"format": ..., "machine": {...}, "plans": {...}}``.
+
+    Example:
+        >>> import unisono
+        >>> sorted(unisono.plans.to_dict())
+        ['format', 'machine', 'plans']
+    """
     return {
         "format": _FORMAT,
         "machine": _machine(),
@@ -79,6 +90,16 @@ def load(path: str | os.PathLike[str]) -> int:
     Raises:
         OSError: If the file can't be read.
         CheckpointError: If it isn't one that `save` wrote; nothing is taken over.
+
+    Example:
+        >>> import tempfile, unisono
+        >>> file = Path(tempfile.mkdtemp()) / "plans.json"
+        >>> unisono.plans.clear()
+        >>> ens = unisono.Ensemble([torch.nn.Linear(3, 2) for _ in range(4)])
+        >>> _ = ens(torch.zeros(8, 3))
+        >>> _ = unisono.plans.save(file)
+        >>> unisono.plans.load(file)
+        1
     """
     name = os.fspath(path)
     try:
@@ -100,6 +121,12 @@ def from_dict(content: Any, name: str) -> int:
 
     Raises:
         CheckpointError: As for `load`.
+
+    Example:
+        >>> import unisono
+        >>> unisono.plans.clear()
+        >>> unisono.plans.from_dict(unisono.plans.to_dict(), "those of this process")
+        0
     """
     try:
         if content["format"] != _FORMAT:
@@ -135,7 +162,14 @@ def _no_plans(name: str, error: Exception) -> CheckpointError:
 
 
 def clear() -> None:
-    """Forget the plans made or loaded in this process; ensembles keep those they use."""
+    """Forget the plans made or loaded in this process; ensembles keep those they use.
+
+    Example:
+        >>> import unisono
+        >>> unisono.plans.clear()
+        >>> unisono.plans.to_dict()["plans"]
+        {}
+    """
     forget()
 
 

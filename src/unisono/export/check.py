@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from unisono.engine.parts import call_member
 from unisono.ensemble import Ensemble
 from unisono.errors import ExportError
 from unisono.export.combined import CombinationName, combined
@@ -44,15 +45,11 @@ def expected_outputs(
     """What an export of the example's call is to return for these tensors."""
     args, kwargs = example.filled(iter(tensors))
     with torch.no_grad():
-        call = ens._call(_call_member, args, kwargs)
+        call = ens._call(call_member, args, kwargs)
         outputs = ens._planner.run_once(call, ens._options())  # ens(x) might measure, or keep state
         if combination is not None:
             outputs = combined(example.call, combination, ens.combination, outputs)
     return plain(example.call, outputs)
-
-
-def _call_member(member: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-    return member(*args, **kwargs)
 
 
 def batches(ens: Ensemble, example: Example, combination: CombinationName | None) -> list[Batch]:

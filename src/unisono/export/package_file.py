@@ -62,6 +62,20 @@ def package(
         ExportError: If something can't be exported or compiled, or the result differs by more than
             the tolerance; what was at ``path`` stays.
         ValueError: If there is no such input, axis or combination.
+
+    Example:
+        >>> import unisono
+        >>> from unisono import export
+        >>> ens = unisono.Ensemble([torch.nn.Linear(3, 2) for _ in range(4)]).eval()
+        >>> x = torch.randn(5, 3)
+        >>> print(export.package(ens, (x,), "ens.pt2"))  # doctest: +SKIP
+        ens.pt2  (AOTInductor, cpu, 1.5 MB)
+          inputs      input: float32 (batch, 3)
+          outputs     outputs: float32 (4, batch, 2)
+          difference  0.0e+00 at most, 0.0e+00 relative in batches of 5, 11
+        >>> run = torch._inductor.aoti_load_package("ens.pt2")  # doctest: +SKIP
+        >>> torch.allclose(run(x), ens(x))  # doctest: +SKIP
+        True
     """
     call = "export.package"
     check_name(call, combination)

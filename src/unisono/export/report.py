@@ -17,6 +17,10 @@ class Port:
         name: Its name.
         shape: Its sizes; a name for one that stays open.
         dtype: Its element type, as ``"float32"``.
+
+    Example:
+        >>> print(Port("x", ("batch", 3), "float32"))
+        x: float32 (batch, 3)
     """
 
     name: str
@@ -36,6 +40,10 @@ class Difference:
         relative: The same over the largest magnitude of that output.
         output: The output with the largest relative difference.
         batch_sizes: The sizes of the batches that were compared; empty for a fixed shape.
+
+    Example:
+        >>> print(Difference(2e-7, 1e-7, "outputs", (4, 9)))
+        2.0e-07 at most, 1.0e-07 relative in batches of 4, 9
     """
 
     absolute: float
@@ -62,6 +70,15 @@ class Export:
         difference: From the ensemble, on every output.
         left_out: Outputs of the ensemble that are no tensors, and aren't in the file.
         ops: How many ops of which kind are in the file, if it tells.
+
+    Example:
+        >>> x, y = Port("x", ("batch", 3), "float32"), Port("outputs", (4, "batch", 2), "float32")
+        >>> difference = Difference(2e-7, 1e-7, "outputs", (4, 9))
+        >>> print(Export(Path("ens.onnx"), "ONNX, opset 20", 1500, (x,), (y,), difference))
+        ens.onnx  (ONNX, opset 20, 1.5 kB)
+          inputs      x: float32 (batch, 3)
+          outputs     outputs: float32 (4, batch, 2)
+          difference  2.0e-07 at most, 1.0e-07 relative in batches of 4, 9
     """
 
     path: Path
