@@ -112,6 +112,10 @@ def check_index(index: Any, n: int) -> int:
 def check_indices(indices: Any, n: int) -> list[int]:
     """The indices that a list or a one-dimensional tensor of integers or booleans means."""
     values = indices.tolist() if hasattr(indices, "tolist") else indices
+    # Thousands of members, several times an epoch: the checks one by one would take longer.
+    if isinstance(values, list | tuple | range) and set(map(type, values)) == {int}:
+        if -n <= min(values) and max(values) < n:
+            return [value % n for value in values]
     if isinstance(values, str) or any(not isinstance(v, SupportsIndex) for v in values):
         raise TypeError(f"ens[...]: {_INDEX}; got {indices!r}")
     if values and all(isinstance(v, bool) for v in values):

@@ -288,6 +288,33 @@ def test_frozen_members_leave_when_they_are_the_majority(data, monkeypatch):
     assert seen == [4, 4, 4]
 
 
+@pytest.mark.parametrize("raised", [RuntimeError, KeyboardInterrupt])
+def test_when_few_train_on_an_error_leaves_the_end_of_the_last_epoch(data, raised, monkeypatch):
+    calm, models = build(relu)
+    wild = Ensemble(models, strategy="fused")
+    epochs = []
+    start = session.train_epoch
+
+    def stops_in_the_third_epoch(*args, after_step, **options):
+        epochs.append(0)
+
+        def stop(*given):
+            if len(epochs) == 3:
+                raise raised("stop")
+            after_step(*given)
+
+        return start(*args, after_step=stop, **options)
+
+    with pytest.warns(EnsembleWarning, match="member 0 "):
+        train(calm, data, optim.Adam(calm, lr=[1e300, 1e300, 1e300, 0.1]), epochs=2)
+    monkeypatch.setattr(session, "train_epoch", stops_in_the_third_epoch)
+    with pytest.warns(EnsembleWarning, match="member 0 "), pytest.raises(raised, match="stop"):
+        train(wild, data, optim.Adam(wild, lr=[1e300, 1e300, 1e300, 0.1]), epochs=4)
+    pairs = zip(wild.stacked_tensors().items(), calm.stacked_tensors().values(), strict=True)
+    for (name, now), expected in pairs:
+        assert torch.equal(now, expected), name
+
+
 def test_bad_rows_end_only_the_members_that_see_them(data):
     x, y = data
     x = x.clone()

@@ -102,24 +102,41 @@ class Ranks:
         """
         if self.is_alone:
             return work()
-        error: Exception | None = None
-        try:
-            found = work()
-        except Exception as own:
-            error = own
-        texts = self.gather(_told(error))
-        if error is not None and not isinstance(error, ElsewhereError):
-            raise error
-        broken = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None]
-        if broken or error is not None:
-            text = f"fit: not all ranks could go on:\n\n{list_facts(broken)}"
-            raise EnsembleError(text) from error
-        return found
+        done, error = _tried(work)
+        _raise_any(error, self.gather(_told(error)))
+        return done[0]
+
+    def collect(self, work: Callable[[], T]) -> list[T]:
+        """The same for something small: what each rank has made of it, as `gather` gives it."""
+        if self.is_alone:
+            return [work()]
+        done, error = _tried(work)
+        found = self.gather((_told(error), done))
+        _raise_any(error, [text for text, _ in found])
+        return [value for _, own in found for value in own]
 
 
 def alone(num_members: int) -> Ranks:
     """This process with all members."""
     return Ranks(Block(num_members, 0, num_members), range(num_members))
+
+
+def _tried(work: Callable[[], T]) -> tuple[list[T], Exception | None]:
+    """What came of it, if anything did, and the error if not."""
+    try:
+        return [work()], None
+    except Exception as error:
+        return [], error
+
+
+def _raise_any(error: Exception | None, texts: Sequence[str | None]) -> None:
+    """Raise this rank's error, or one that names what others have told."""
+    if error is not None and not isinstance(error, ElsewhereError):
+        raise error
+    broken = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None]
+    if broken or error is not None:
+        text = f"fit: not all ranks could go on:\n\n{list_facts(broken)}"
+        raise EnsembleError(text) from error
 
 
 def _told(error: Exception | None) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -49,6 +49,7 @@ class Running:
         self.ens = ens
         self.optimizer = optimizer
         self.gradients = self._summed()
+        self._is_ahead = False  # of what is at home
 
     @property
     def is_home(self) -> bool:
@@ -77,9 +78,11 @@ class Running:
             if held != self.held:
                 self.gather(best)
                 self.held = held
-        own = [i for i in self.held_here if i in members]
+        chosen = frozenset(members)
+        own = [i for i in self.held_here if i in chosen]
         if own == self.members:
             return
+        self.push()
         self.members = own
         self.home_optimizer.zero_grad()  # what stopped needs no gradients
         # A step of nobody: schedulers warn unless there was one before theirs.
@@ -88,12 +91,15 @@ class Running:
             places = self.ranks.at_home(own)
             self.ens = self.home[places]
             self.ens._planner.keep_private()
-            self.ens.block = self._block(members)
+            self.ens.block = self._block(chosen)
             self.optimizer = self.home_optimizer.select(self.ens, places)
         self.gradients = self._summed()
 
     def pull(self) -> None:
-        """Take over what was changed at home since `push`, hyperparameters too."""
+        """Take over what was changed at home since `push`, hyperparameters too.
+
+        Only a callback of the caller can have changed anything there.
+        """
         if self.is_home or self.is_idle:
             return
         own, theirs = self.ens.stacked_tensors(), self.home.stacked_tensors()
@@ -109,10 +115,15 @@ class Running:
                 self.home_optimizer, self.ranks.at_home(self.members)
             )
 
+    def go_ahead(self) -> None:
+        """From now on the copies are trained; `push` brings what they become home."""
+        self._is_ahead = not (self.is_home or self.is_idle)
+
     def push(self) -> None:
-        """Bring the rows of the members that train, and what all share, home."""
-        if self.is_home or self.is_idle:
+        """Bring the rows of the members that train, and what all share, home if they are ahead."""
+        if not self._is_ahead:
             return
+        self._is_ahead = False
         own, theirs = self.ens.stacked_tensors(), self.home.stacked_tensors()
         places = self.ranks.at_home(self.members)
         copy_rows(theirs, places, own, range(len(places)))
@@ -126,6 +137,7 @@ class Running:
         Args:
             best: The best weights of the members at home; their rows are gathered too.
         """
+        self.push()
         group = self.ranks.group
         if group is None or not self.ranks.have_all:
             return
@@ -139,7 +151,7 @@ class Running:
         for tensor in shared.values():
             tensor.copy_(broadcast_first(tensor, group))
 
-    def _block(self, members: Sequence[int]) -> Block | None:
+    def _block(self, members: Collection[int]) -> Block | None:
         """The place of this rank's share among those that train."""
         if self.ranks.is_alone:
             return None

@@ -95,6 +95,7 @@ class Session:
                     if is_last:
                         break
             finally:
+                running.push()
                 self.ens.train(was_training)
         if self.stopping.patience is not None:
             self._put_best_back([i for i, why in enumerate(self.stopping.reasons) if not why])
@@ -131,40 +132,39 @@ class Session:
 
     def _epoch(self, epoch: int, running: Running, bar: Progress) -> EpochRecord:
         start = time.perf_counter()
-        rates = self._rates()
         device = next(self.ens.parameters()).device
-        running.pull()
         with random_numbers_of(self.schedule.seed, epoch, device):
-            losses = self._train(epoch, running, bar)
-            running.push()
+            losses, rates = self._train(epoch, running, bar)
             validation = self._validate(running)
         if validation is not None:
             improved, stopping = self.stopping.update(epoch, validation.loss)
             if self.stopping.patience is not None:
                 self._keep_best(improved)
                 self._put_best_back(stopping)
-        if self.schedule.every == "epoch":
+        if self.schedule.schedulers and self.schedule.every == "epoch":
             self._step_schedulers(None if validation is None else validation.loss)
+            running.take_hyperparameters()
         record = EpochRecord(losses, rates, time.perf_counter() - start, validation)
         self.records.append(record)
         return record
 
-    def _rates(self) -> Array:
-        """The learning rate of each member, as the rank has it that holds the member."""
-        own = member_rates(self.optimizer, len(self.ens))
-        found = np.empty(self.num_members)
-        held = self.held[self.ranks.block.index]
-        mine = held, own[self.ranks.at_home(held)]
-        for members, rates in self.ranks.first_replicas(self.ranks.gather(mine)):
-            found[members] = rates
-        return found
-
-    def _train(self, epoch: int, running: Running, bar: Progress) -> Array:
-        """The losses of an epoch; members that left the numbers are as before it, and end."""
+    def _train(self, epoch: int, running: Running, bar: Progress) -> tuple[Array, Array]:
+        """Losses and learning rates of an epoch; members that left the numbers are as before it."""
         before = Snapshot(running.ens, running.optimizer)
-        here = self.ranks.together(lambda: self._train_here(epoch, running, bar))
-        found = self.ranks.gather(here)
-        losses, finite = losses_of_all(epoch, found, self.ranks.block)
+        own = member_rates(self.optimizer, len(self.ens))
+        held = self.held[self.ranks.block.index]
+        mine = held, own[self.ranks.at_home(held)]  # the rank that holds a member has its rate
+        try:
+            found = self.ranks.collect(lambda: (self._train_here(epoch, running, bar), mine))
+            here = [each for each, _ in found]
+            losses, finite = losses_of_all(epoch, here, self.ranks.block)
+        except BaseException:
+            if not running.is_home:  # what is at home ends with an epoch
+                before.restore_all()
+            raise
+        rates = np.empty(self.num_members)
+        for members, theirs in self.ranks.first_replicas([each for _, each in found]):
+            rates[members] = theirs
         frozen = [i for i in self.computed if self.stopping.reasons[i]]
         lost = [i for i in self.computed if not (finite[i] or i in frozen)]
         if lost:
@@ -172,7 +172,7 @@ class Session:
         if again := [k for k, i in enumerate(running.members) if i in lost or i in frozen]:
             before.restore(again)
         losses[frozen] = np.nan
-        return losses
+        return losses, rates
 
     def _train_here(self, epoch: int, running: Running, bar: Progress) -> Trained:
         """An epoch of this rank's share of the members."""
@@ -181,6 +181,7 @@ class Session:
                 deque(self.batches.epoch(epoch, self.computed[:1]), maxlen=0)
             return Trained([], np.empty(0), np.empty(0, bool), None)
         running.ens.train()
+        running.go_ahead()
         mean, finite, rows = train_epoch(
             running,
             self.batches.epoch(epoch, running.members),
@@ -197,8 +198,9 @@ class Session:
         validator = self.validator
         if validator is None:
             return None
-        here = self.ranks.together(lambda: validator.measure(running))
-        found = validation_of(self.ranks.first_replicas(self.ranks.gather(here)), self.num_members)
+        running.push()
+        here = self.ranks.collect(lambda: validator.measure(running))
+        found = validation_of(self.ranks.first_replicas(here), self.num_members)
         frozen = [i for i in self.computed if self.stopping.reasons[i]]
         for values in (found.loss, *found.metrics.values()):
             values[frozen] = np.nan
@@ -264,5 +266,8 @@ class Session:
         end = EpochEnd(
             epoch, self.ens, self.optimizer, self.history(), tuple(self.stopping.running)
         )
-        ends = self.ranks.together(lambda: [call(end) for call in self.schedule.callbacks])
-        return any(self.ranks.gather(any(each is True for each in ends)))
+        ends = self.ranks.collect(
+            lambda: True in [call(end) is True for call in self.schedule.callbacks]
+        )
+        running.pull()
+        return any(ends)

@@ -22,7 +22,8 @@ def spread_evenly(held: Sequence[Sequence[int]], members: Collection[int]) -> li
         >>> spread_evenly([[0, 1, 2, 3], [4, 5, 6, 7]], [0, 1, 2, 3])
         [[0, 1], [2, 3, 4, 5, 6, 7]]
     """
-    train = [[i for i in own if i in members] for own in held]
+    chosen = frozenset(members)
+    train = [[i for i in own if i in chosen] for own in held]
     small, larger = divmod(sum(map(len, train)), len(held))
     if max(map(len, train)) <= small + (larger > 0):
         return [list(own) for own in held]
@@ -34,6 +35,7 @@ def spread_evenly(held: Sequence[Sequence[int]], members: Collection[int]) -> li
     for b, own in enumerate(held):
         free = max(0, room[b] - len(train[b]))
         taken, spare = spare[:free], spare[free:]
-        stays = [i for i in own if i not in train[b][room[b] :]]
+        leave = frozenset(train[b][room[b] :])
+        stays = [i for i in own if i not in leave]
         moved.append(sorted([*stays, *taken]))
     return moved
