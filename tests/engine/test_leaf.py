@@ -572,3 +572,57 @@ def test_forward_mode_differentiation_without_gradients() -> None:
         found = fwad.unpack_dual(ens(x))  # no warning of an op that had to run by member
         own = [fwad.unpack_dual(model(x)) for model in models]
     torch.testing.assert_close(found.tangent, torch.stack([each.tangent for each in own]))
+
+
+# Encoders
+
+
+def encoder(norm: bool = True) -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    last = nn.LayerNorm(8) if norm else None
+    return nn.TransformerEncoder(layer, 2, last, enable_nested_tensor=False).double()
+
+
+MASK = torch.triu(torch.ones(5, 5, dtype=torch.bool), 1)
+PADDING = torch.zeros(3, 5, dtype=torch.bool)
+PADDING[:, 4:] = True
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mask": None},
+        {"mask": MASK},
+        {"mask": MASK, "is_causal": True},
+        {"src_key_padding_mask": PADDING},
+    ],
+    ids=str,
+)
+def test_an_encoder_equals_the_loop(
+    options: dict[str, Any], norm: bool, grad: bool, training: bool
+) -> None:
+    models = [encoder(norm).train(training) for _ in range(3)]
+    ens = Ensemble(models, strategy="fused").train(training)
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    with torch.set_grad_enabled(grad):
+        found = ens(x, **options)
+        expected = torch.stack([model(x, **options) for model in models])
+        torch.testing.assert_close(found, expected)
+    if grad:
+        found.sin().sum().backward()
+        expected.sin().sum().backward()
+        oracles.assert_gradients_equal(ens, models)
+
+
+def test_an_encoder_says_what_is_wrong_as_its_members_do() -> None:
+    models = [encoder() for _ in range(3)]
+    with pytest.raises(RuntimeError, match="Need attn_mask if specifying the is_causal hint"):
+        models[0].train()(torch.randn(3, 5, 8, dtype=torch.float64), is_causal=True)
+    with pytest.raises(RuntimeError, match="Need attn_mask if specifying the is_causal hint"):
+        Ensemble(models, strategy="fused")(
+            torch.randn(3, 5, 8, dtype=torch.float64), is_causal=True
+        )

@@ -7,7 +7,7 @@ there an activation also writes its result to where it was read from: half the f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,8 @@ def shorten(module: nn.Module) -> None:
         if isinstance(each, nn.Sequential):
             if _is_plain(each):
                 each.forward = SequentialForward(each)  # type: ignore[method-assign]
+        elif type(each) is nn.TransformerEncoder:
+            each.forward = EncoderForward(each)  # type: ignore[method-assign]
         elif type(each) is nn.Linear:
             if {"weight", "bias"} <= parameters_of(each).keys():
                 each.forward = LinearForward(each)  # type: ignore[method-assign]
@@ -81,12 +83,12 @@ class LayerForward:
 
 
 class SequentialForward:
-    """``forward`` of one ``nn.Sequential`` of a template."""
+    """``forward`` of one ``nn.Sequential`` of a template, or of other layers behind each other."""
 
     __slots__ = ("_modules", "_parts")
 
-    def __init__(self, sequential: nn.Sequential) -> None:
-        self._modules = list(sequential)
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        self._modules = list(layers)
         self._parts: list[nn.Module | Chain] = []
         chain: list[Step] = []
         for module in _flat(self._modules):
@@ -108,6 +110,28 @@ class SequentialForward:
         for part in self._modules if has_global_hooks() else self._parts:
             input = part(input)
         return input
+
+
+class EncoderForward:
+    """``forward`` of one ``nn.TransformerEncoder`` of a template."""
+
+    __slots__ = ("_encoder", "_layers")
+
+    def __init__(self, encoder: nn.TransformerEncoder) -> None:
+        self._encoder = encoder
+        norm = [] if encoder.norm is None else [encoder.norm]
+        self._layers = SequentialForward([*encoder.layers, *norm])
+
+    def chain(self) -> Chain | None:
+        """The layers, if all of them are links of one chain."""
+        return self._layers.chain()
+
+    def __call__(self, src: Tensor, *args: Any, **options: Any) -> Tensor:
+        """The layers one after another; with masks as the encoder's own ``forward`` does it."""
+        # Of masks and `is_causal` none changes anything if it is None or False.
+        if all(option is None or option is False for option in (*args, *options.values())):
+            return self._layers(src)
+        return nn.TransformerEncoder.forward(self._encoder, src, *args, **options)
 
 
 def _is_plain(module: nn.Sequential) -> bool:

@@ -23,7 +23,7 @@ from unisono.engine.axis import (
     trust_flat_weights,
 )
 from unisono.engine.joining import Rooms
-from unisono.engine.leaf import Chain, SequentialForward, shorten
+from unisono.engine.leaf import Chain, EncoderForward, SequentialForward, shorten
 from unisono.engine.recompute import calls, leave_out_checkpoints
 from unisono.engine.tree import leaves
 from unisono.engine.watch import Kind, State, Watch, Write, check_write
@@ -90,7 +90,7 @@ class Template:
         # Called with the gradients of one member, which there are none of while all run at once.
         self.backward_hooks = [path for path, m in modules.items() if any(hooks_of(m)[2:])]
         self.has_buffers = any(slot.kind == "buffer" for slot in self.slots)
-        self._modes = [(m.__dict__, trees[path].__dict__) for path, m in modules.items()]
+        self.modes = [(m.__dict__, trees[path].__dict__) for path, m in modules.items()]
         for each in modules.values():
             if isinstance(each, nn.RNNBase):
                 trust_flat_weights(each)  # its list is filled with the parameters
@@ -102,7 +102,7 @@ class Template:
     @property
     def is_training(self) -> bool:
         """Whether any of the member's modules is in train mode."""
-        return True in [members["training"] for _, members in self._modes]
+        return True in [members["training"] for _, members in self.modes]
 
     def values(self) -> list[Any]:
         """The ensemble's tensors (or trees of them), one for each slot."""
@@ -127,7 +127,7 @@ class Template:
             self._clear()
 
     def _put(self, values: Sequence[Any]) -> None:
-        for mine, members in self._modes:
+        for mine, members in self.modes:
             mine["training"] = members["training"]
         for slot, value in zip(self.slots, values, strict=True):
             slot.container[slot.key] = value
@@ -140,7 +140,9 @@ class Template:
         """The layers of a member that is one chain, each with stacked tensors alone."""
         forward = vars(self.module).get("forward")
         is_seen = any(hooks_of(self.module)) or not self.holds_stacked_tensors
-        return None if is_seen or type(forward) is not SequentialForward else forward.chain()
+        if is_seen or not isinstance(forward, SequentialForward | EncoderForward):
+            return None
+        return forward.chain()
 
     def look(self) -> None:
         """Take what stands in the tree now for its own, not for something that forward assigned."""
