@@ -283,10 +283,15 @@ def test_what_cant_be_recorded_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_programs_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(often, "_MOST", 4)
     ens = fused()
-    for size in range(1, 12):
-        often_called(ens, torch.randn(size, 5))
-    assert replays(ens) == often._MOST
+    with torch.no_grad():
+        for size in (1, 2, 3, 4):
+            while replays(ens) < size:
+                ens(torch.randn(size, 5))
+        for _ in range(200):
+            ens(torch.randn(5, 5))
+    assert 1 <= replays(ens) <= 4
     with torch.no_grad():
         for size in range(1, 12):
             x = torch.randn(size, 5)
@@ -305,6 +310,16 @@ def test_memory_that_was_left_is_freed(change: Callable[[Ensemble], Any]) -> Non
     gc.collect()
     assert replays(ens) == 0
     assert all(found() is None or found().data_ptr() not in kept for found in storages)  # type: ignore[union-attr]
+
+
+def test_recording_is_rare(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Any] = []
+    monkeypatch.setattr(often, "_recorded", lambda *args: tried.append(args))
+    ens = fused()
+    with torch.no_grad():
+        for _ in range(100):
+            ens(X)
+    assert len(tried) == 6  # at the 3rd, 6th, 12th, 24th, 48th and 96th call
 
 
 def test_copies_begin_anew() -> None:
@@ -338,4 +353,4 @@ def test_threads() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-    assert replays(ens) == 4
+    assert 1 <= replays(ens) <= 4

@@ -1,8 +1,8 @@
 """Calls that come often, of members in which there is nothing but torch's own layers.
 
-What those do in Python is known, so a replay leaves nothing out: once a call has come a hundred
-times, the tensor ops of one are recorded, and run from then on without the way through the
-layers. For small networks that way costs more than their arithmetic.
+What those do in Python is known, so a replay leaves nothing out: of a hundred calls the tensor ops
+of the last are recorded, and calls like it run from then on without the way through the layers.
+For small networks that way costs more than their arithmetic.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from unisono.engine.kernels import is_outside
 from unisono.engine.parts import Call, call_member
 from unisono.engine.template import Template
 
-OFTEN: Final = 100  # calls; to record one takes about as long as so many save
+OFTEN: Final = 100  # calls; to record one takes about as long as so many
 _MOST: Final = 8  # programs
 _LONGEST: Final = 5e-3  # seconds; of longer calls the way through the layers is no part
 
@@ -64,7 +64,9 @@ class Often:
         """Whether this call, which runs all members at once, is to be recorded."""
         if template.chain is None or template.is_training or torch.is_grad_enabled():
             return False
-        return next(self._count) % OFTEN == 0 and _is_plain(call)
+        times, rest = divmod(next(self._count), OFTEN)
+        # 1, 2, 4, 8, ... times: so recording stays a small part, whatever comes of it.
+        return rest == 0 and times & (times - 1) == 0 and _is_plain(call)
 
     def record(self, template: Template, call: Call, outputs: Any, seconds: float) -> None:
         """Record a call that is due.
