@@ -118,13 +118,15 @@ def left_behind(folder):
 # Killed -------------------------------------------------------------------------------------------
 
 
-def kill_at_random(saver, folder, pair, kills):
-    """SIGKILL at random moments of saving over a file; how many found the save half done."""
+def kill_at_random(saver, folder, pair, kills, in_the_midst=0):
+    """SIGKILL at random moments of saving over a file, so many of them while it is half done."""
     path, dice = folder / CALLS["save"], random.Random(0)
     saver.save(folder, "save", "a")
     length = max(saver.save(folder, "save", "b") for _ in range(3))
-    before, half_done = "b", 0
-    for _ in range(kills):
+    before, half_done, count = "b", 0, 0
+    while count < kills or half_done < in_the_midst:
+        count += 1
+        assert count <= 10 * kills, f"{half_done} of {count} kills found the save half done"
         new = dice.choice("ab")
         process = saver.start(folder, "save", new)
         time.sleep(dice.random() * length)
@@ -136,7 +138,6 @@ def kill_at_random(saver, folder, pair, kills):
         before = found
     saver.save(folder, "save", "a")
     assert left_behind(folder) == [], "the next save sweeps"
-    return half_done
 
 
 def test_killed_at_random_moments(saver, tmp_path, pair):
@@ -145,7 +146,7 @@ def test_killed_at_random_moments(saver, tmp_path, pair):
 
 @pytest.mark.slow
 def test_killed_at_200_random_moments(saver, tmp_path, pair):
-    assert kill_at_random(saver, tmp_path, pair, 200) >= 50
+    kill_at_random(saver, tmp_path, pair, 200, in_the_midst=50)
 
 
 @pytest.mark.parametrize("call", CALLS)
