@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable
 
@@ -156,3 +157,40 @@ def test_it_stays_under_autocast() -> None:
         captured = ens.capture(x)
         assert "batch_norm" in captured.code
         torch.testing.assert_close(captured(x), ens(x))
+
+
+class Last(nn.Module):
+    """A norm of the input; the last op joins two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.left, self.right = nn.BatchNorm2d(2), nn.Conv2d(2, 1, 1), nn.Conv2d(2, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return torch.cat([self.left(y), self.right(y)], 1)
+
+
+class Twice(nn.Module):
+    """One convolution stands twice before the norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 2, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.norm(torch.cat([y, y], 1))
+
+
+@pytest.mark.parametrize("make", [Last, Twice])
+def test_what_is_joined_otherwise_is_left_alone(make: Callable[[], nn.Module]) -> None:
+    model = trained(make)[0]
+    copies = [copy.deepcopy(model) for _ in range(2)]
+    # All is shared, so the ops are those of one model.
+    ens = Ensemble([model, *copies], strategy="fused", shared=["*"])
+    x = torch.randn(B, 2, 8, 8, dtype=torch.float64)
+    captured = ens.capture(x)
+    assert "batch_norm" in captured.code
+    with torch.no_grad():
+        torch.testing.assert_close(captured(x), torch.stack([model(x)] * 3))

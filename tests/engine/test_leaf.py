@@ -626,3 +626,32 @@ def test_an_encoder_says_what_is_wrong_as_its_members_do() -> None:
         Ensemble(models, strategy="fused")(
             torch.randn(3, 5, 8, dtype=torch.float64), is_causal=True
         )
+
+
+class Strict(nn.TransformerEncoderLayer):
+    """Takes what an encoder passes on, and has no defaults for it."""
+
+    def forward(self, src, src_mask, is_causal, src_key_padding_mask):  # type: ignore[no-untyped-def, override]
+        return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+
+
+def test_an_encoder_passes_on_what_its_layers_take() -> None:
+    layer = Strict(8, 2, 16, dropout=0.0, batch_first=True)
+    models = [nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval() for _ in range(3)]
+    x = torch.randn(3, 5, 8)
+    with torch.no_grad():
+        found = Ensemble(models, strategy="fused")(x)
+        torch.testing.assert_close(found, torch.stack([model(x) for model in models]))
+
+
+def told(module: nn.Module, args: Any, options: dict[str, Any]) -> None:
+    told.options = sorted(options)  # type: ignore[attr-defined]
+
+
+def test_a_hook_sees_what_the_encoder_passes_on() -> None:
+    models = [encoder().eval() for _ in range(3)]
+    for model in models:
+        model.layers[0].register_forward_pre_hook(told, with_kwargs=True)
+    with torch.no_grad():
+        Ensemble(models, strategy="fused")(torch.randn(3, 5, 8, dtype=torch.float64))
+    assert told.options == ["is_causal", "src_key_padding_mask", "src_mask"]  # type: ignore[attr-defined]

@@ -39,7 +39,8 @@ def shorten(module: nn.Module) -> None:
             if _is_plain(each):
                 each.forward = SequentialForward(each)  # type: ignore[method-assign]
         elif type(each) is nn.TransformerEncoder:
-            each.forward = EncoderForward(each)  # type: ignore[method-assign]
+            if all(map(_is_plain_encoder_layer, each.layers)):
+                each.forward = EncoderForward(each)  # type: ignore[method-assign]
         elif type(each) is nn.Linear:
             if {"weight", "bias"} <= parameters_of(each).keys():
                 each.forward = LinearForward(each)  # type: ignore[method-assign]
@@ -128,10 +129,17 @@ class EncoderForward:
 
     def __call__(self, src: Tensor, *args: Any, **options: Any) -> Tensor:
         """The layers one after another; with masks as the encoder's own ``forward`` does it."""
-        # Of masks and `is_causal` none changes anything if it is None or False.
-        if all(option is None or option is False for option in (*args, *options.values())):
+        # Of masks and `is_causal` none changes anything if it is None or False. They are passed on
+        # to the layers, of which only a hook or a layer of another class would take notice.
+        given = (*args, *options.values())
+        if all(each is None or each is False for each in given) and not has_global_hooks():
             return self._layers(src)
         return nn.TransformerEncoder.forward(self._encoder, src, *args, **options)
+
+
+def _is_plain_encoder_layer(module: nn.Module) -> bool:
+    is_seen = "forward" in vars(module) or any(hooks_of(module))
+    return type(module) is nn.TransformerEncoderLayer and not is_seen
 
 
 def _is_plain(module: nn.Sequential) -> bool:

@@ -8,7 +8,7 @@ statistics stay live; that costs a pass over the filters and saves one over the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -28,14 +28,20 @@ def with_folded_norms(trace: Trace, ops: Sequence[Op]) -> list[Op]:
     Where members are convolved one by one, their results stand side by side, joined by ``cat``.
     """
     made = {ref: k for k, op in enumerate(ops) for ref in op.results if not op.written}
+    readers = Counter(storage for op in ops for storage in _storages(trace, op.reads))
+    readers.update(_storages(trace, trace.outputs))
     found: list[list[Op]] = [[op] for op in ops]
     for k, norm in enumerate(ops):
         if norm.target is not _aten.native_batch_norm.default:
             continue
-        last = made.get(norm.args[0], -1)
+        last = made.get(norm.args[0])
+        if last is None:  # what the caller has passed
+            continue
         is_cat = ops[last].target is _aten.cat.default and ops[last].args[1:] == (1,)
         convs = [made.get(ref, -1) for ref in ops[last].args[0]] if is_cat else [last]
-        if min(convs) < 0 or not _is_known_to_norm_only(trace, ops, [*convs, last], k):
+        if min(convs) < 0 or len(set(convs)) < len(convs):  # an input, or one result twice
+            continue
+        if not _is_known_to_norm_only(trace, ops, readers, [*convs, last], k):
             continue
         folded = _folded(trace, [ops[j] for j in convs], norm)
         if folded is None:
@@ -50,23 +56,21 @@ def with_folded_norms(trace: Trace, ops: Sequence[Op]) -> list[Op]:
 
 
 def _is_known_to_norm_only(
-    trace: Trace, ops: Sequence[Op], made_by: Sequence[int], norm: int
+    trace: Trace, ops: Sequence[Op], readers: Mapping[int, int], made_by: Sequence[int], norm: int
 ) -> bool:
     """Whether nobody else reads these results, and the norm may read its tensors earlier."""
-
-    def storages(refs: Sequence[Ref]) -> set[int]:
-        return {trace.values[ref].storage for ref in refs}
-
-    readers = Counter(storage for op in ops for storage in storages(op.reads))
-    readers.update(storages(trace.outputs))
-    between = storages([ref for k in set(made_by) for ref in ops[k].results])
-    aside = storages(ops[norm].results[1:])
-    written = storages([ref for op in ops[min(made_by) : norm] for ref in op.written])
+    between = _storages(trace, [ref for k in set(made_by) for ref in ops[k].results])
+    aside = _storages(trace, ops[norm].results[1:])
+    written = _storages(trace, [ref for op in ops[min(made_by) : norm] for ref in op.written])
     return (
         all(readers[storage] == 1 for storage in between)
         and not any(readers[storage] for storage in aside)
-        and written.isdisjoint(storages(ops[norm].reads))
+        and written.isdisjoint(_storages(trace, ops[norm].reads))
     )
+
+
+def _storages(trace: Trace, refs: Iterable[Ref]) -> set[int]:
+    return {trace.values[ref].storage for ref in refs}
 
 
 def _folded(trace: Trace, convs: Sequence[Op], norm: Op) -> tuple[list[Op], list[Op]] | None:
