@@ -9,6 +9,7 @@ rank instead, and is deprecated.)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -133,6 +134,27 @@ def gather_values(rows: Tensor, group: ProcessGroup) -> Tensor:
     return found.reshape(len(found), *own.shape[1:])
 
 
+def rows_of_each(rows: Tensor, counts: Sequence[int], group: ProcessGroup) -> list[Tensor]:
+    """The rows of each rank, if it is known how many each has; without a gradient.
+
+    Args:
+        rows: Of this rank.
+        counts: How many each rank has.
+        group: The ranks.
+
+    Shape:
+        - rows: (n, *)
+        - returns: (n_r, *) for each rank r
+    """
+    sent = rows.contiguous()
+    if len(rows) < max(counts):
+        sent = rows.new_zeros(max(counts), *rows.shape[1:])
+        sent[: len(rows)] = rows
+    found = [torch.empty_like(sent) for _ in counts]
+    dist.all_gather(found, sent, group)
+    return [each[:n] for each, n in zip(found, counts, strict=True)]
+
+
 def rows_of_ranks(rows: Tensor, group: ProcessGroup) -> list[int]:
     """How many rows each rank has; waits for the device."""
     own = torch.tensor([rows.shape[0]], device=rows.device)
@@ -195,13 +217,9 @@ class _EachUses(torch.autograd.Function):
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: list[int], group: ProcessGroup) -> Tensor:
-        place, most = dist.get_rank(group), max(counts)
+        place = dist.get_rank(group)
         ctx.own = sum(counts[:place]), counts[place]
-        sent = rows.new_zeros(most, *rows.shape[1:])
-        sent[: len(rows)] = rows
-        found = [torch.empty_like(sent) for _ in counts]
-        dist.all_gather(found, sent, group)
-        return torch.cat([each[:n] for each, n in zip(found, counts, strict=True)])
+        return torch.cat(rows_of_each(rows, counts, group))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:

@@ -13,8 +13,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.collective_bytes import CollectiveBytes
 from one_process import equal, refused
 from unisono import Ensemble, EnsembleError, EnsembleWarning, distributed, fit, optim
+from unisono.training import exchange
 
 N = 7
 RATES = [0.1, 0.05, 0.02, 0.01, 0.005, 1e-5, 1e-3]
@@ -336,6 +338,53 @@ def a_resumed_training_is_the_uninterrupted_one(mesh):
     dist.barrier()
 
 
+def equal_ranks_send_no_weights(mesh):
+    def broadcast(make):
+        ens = Ensemble.build(network, N, seed=0)
+        with torch.no_grad():
+            make(ens)
+        with CollectiveBytes() as seen:
+            fit(ens, (x, y), optimizer=optim.Adam(ens, lr=0.01), mesh=mesh, **OPTIONS)
+        # The names of ranks and the like are broadcast, too, as parts of larger objects.
+        return seen.sent["broadcast"], ens
+
+    def differ_by_rounding(ens):
+        if dist.get_rank() == 1:
+            ens.members.get_parameter("0.weight").mul_(1 + 1e-12)
+
+    equal_ranks, wanted = broadcast(lambda ens: None)
+    rounded, found = broadcast(differ_by_rounding)
+    assert rounded - equal_ranks == wanted.members.get_parameter("0.weight").nbytes
+    for name, tensor in wanted.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor), name
+
+
+def rows_of_every_dtype_arrive_bit_by_bit(mesh):
+    held, rank = [[0, 2, 3, 6], [1, 5, 4]], dist.get_rank()
+    dtypes = [torch.float64, torch.bool, torch.bfloat16, torch.complex64, torch.int64]
+    shapes = [(3,), (), (2, 3), (5, 0), (1,)]
+    generator = torch.Generator().manual_seed(0)
+    wanted = [
+        torch.randn(N, *shape, generator=generator, dtype=torch.float64).to(dtype)
+        for dtype in dtypes
+        for shape in shapes
+    ]
+    wanted.append(torch.randn(N, 4, 3, generator=generator).transpose(1, 2))
+    for size in (exchange._MESSAGE, 40):
+        own = [torch.zeros_like(tensor) for tensor in wanted]
+        for tensor, want in zip(own, wanted, strict=True):
+            tensor[held[rank]] = want[held[rank]]
+        before, exchange._MESSAGE = exchange._MESSAGE, size
+        try:
+            with CollectiveBytes() as seen:
+                exchange.gather_members(own, held, rank, mesh.get_group("member"))
+        finally:
+            exchange._MESSAGE = before
+        for tensor, want in zip(own, wanted, strict=True):
+            assert torch.equal(tensor, want)
+        assert seen.total == 4 * sum(want[0].nbytes for want in wanted)
+
+
 def folder_of_all():
     folder = [tempfile.mkdtemp()] if dist.get_rank() == 0 else [None]
     dist.broadcast_object_list(folder)
@@ -417,6 +466,8 @@ CHECKS = [
     a_block_of_its_own_stays_on_its_rank,
     a_training_of_blocks_is_resumed_by_blocks_and_by_one_process,
     a_resumed_training_is_the_uninterrupted_one,
+    equal_ranks_send_no_weights,
+    rows_of_every_dtype_arrive_bit_by_bit,
     ranks_with_different_data_or_settings,
     an_error_on_one_rank_is_raised_on_all,
     what_ranks_cannot_share,

@@ -14,7 +14,7 @@ from torch import nn
 from launch import ROOT
 from unisono import Ensemble, combine, distributed
 from unisono.block import split_members
-from unisono.distributed.agreement import facts_of
+from unisono.distributed.agreement import _AT_ONCE, digest, facts_of
 from unisono.engine.rng import drawing_apart
 from unisono.errors import EnsembleError
 
@@ -184,3 +184,33 @@ def test_the_code_of_a_class_that_was_typed_in():
         exec(f"class Typed(nn.Module):\n    def forward(self, x):\n        {body}\n", names)
         found.append(facts_of(Ensemble.build(names["Typed"], 2), 2))
     assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.bfloat16, torch.complex64, torch.int64, torch.bool],
+)
+def test_a_digest_tells_values_places_and_signs_apart(dtype):
+    generator = torch.Generator().manual_seed(0)
+    drawn = 3 * torch.randn(7, 5, dtype=torch.float64, generator=generator)
+    tensor = drawn > 0 if dtype is torch.bool else drawn.to(dtype)
+    assert int(digest(tensor)) == int(digest(tensor.clone()))
+    others = [tensor.flatten()[torch.randperm(35, generator=generator)] for _ in range(300)]
+    for k in range(34):
+        for place in ([k], [k, k + 1]):
+            other = tensor.flatten().clone()
+            other[place] = ~other[place] if dtype is torch.bool else -other[place]
+            others.append(other)
+    different = [other for other in others if not torch.equal(other, tensor.flatten())]
+    assert len(different) > 300
+    assert int(digest(tensor)) not in {int(digest(other)) for other in different}
+
+
+def test_a_digest_of_a_large_tensor_sees_all_of_it():
+    tensor = torch.zeros(2 * _AT_ONCE + 3)
+    digests = {int(digest(tensor))}
+    for place in (0, _AT_ONCE - 1, _AT_ONCE, 2 * _AT_ONCE, -1):
+        other = tensor.clone()
+        other[place] = 1
+        digests.add(int(digest(other)))
+    assert len(digests) == 6

@@ -17,6 +17,8 @@ from unisono.ensemble import Ensemble
 from unisono.errors import EnsembleError
 
 _INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ODD: Final = (0x5851F42D4C957F2D, 0x1B873593CC9E2D51)  # any, but odd and large
+_AT_ONCE: Final = 1 << 18  # elements; what is made for each fits a cache
 Facts = Mapping[str, str]
 
 
@@ -141,10 +143,31 @@ def checksum(tensor: Tensor) -> Tensor:
         - tensor: (*)
         - returns: ()
     """
+    return _bits(tensor).sum(dtype=torch.int64)
+
+
+def digest(tensor: Tensor) -> Tensor:
+    """The same, but other values or the same ones in another order give another number.
+
+    Shape:
+        - tensor: (*)
+        - returns: ()
+    """
+    bits = _bits(tensor).flatten()
+    keys = torch.arange(min(len(bits), _AT_ONCE), device=bits.device) * _ODD[0]
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, len(bits), _AT_ONCE):
+        part = bits[start : start + _AT_ONCE]
+        mixed = (part ^ keys[: len(part)]).mul_(_ODD[1])
+        # A sum of products alone wouldn't notice two signs that change.
+        total = total * _ODD[0] + mixed.bitwise_xor_(mixed >> 29).sum()
+    return total
+
+
+def _bits(tensor: Tensor) -> Tensor:
     value = tensor.detach()
     value = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
-    bits = value.contiguous().view(_INTEGERS[value.element_size()])
-    return bits.sum(dtype=torch.int64)
+    return value.contiguous().view(_INTEGERS[value.element_size()])
 
 
 def _told(error: Exception) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ class Pool:
         shared: Names of the tensors without a member axis.
 
     Attributes:
-        is_private: Whether nobody but the library and its optimizer holds the parameters.
+        only_state: What the optimizer keeps, if nobody but it and the library holds the
+            parameters; None if others may.
         rooms: Memory that gradients had, for those to come.
     """
 
@@ -31,14 +32,14 @@ class Pool:
         self.members = members
         self.shared = frozenset(shared)
         self.attributes: frozenset[tuple[str, str]] = frozenset()
-        self.is_private = False
+        self.only_state: Mapping[Tensor, Any] | None = None
         self.rooms: Rooms = {}
         self._idle: list[Template] = []
         self._generation = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what is tied to the tensors of this very ensemble."""
-        return {**vars(self), "_idle": [], "rooms": {}}
+        return {**vars(self), "_idle": [], "rooms": {}, "only_state": None}
 
     def take(self) -> Template:
         """A template that no other call uses until it is given back."""
@@ -52,7 +53,7 @@ class Pool:
             self.shared,
             self.attributes,
             generation=self._generation,
-            is_private=self.is_private,
+            only_state=self.only_state,
             rooms=self.rooms,
         )
 

@@ -52,7 +52,8 @@ class Template:
         shared: Names of the tensors without a member axis.
         attributes: Plain attributes (path, key) that hold one value per member.
         generation: The state of the pool that the template was made for.
-        is_private: Whether nobody but the library and its optimizer holds the parameters.
+        only_state: What the optimizer keeps, if nobody but it and the library holds the
+            parameters; None if others may.
         rooms: Memory that gradients had, which all templates of an ensemble share.
     """
 
@@ -64,12 +65,12 @@ class Template:
         attributes: Collection[tuple[str, str]],
         *,
         generation: int = 0,
-        is_private: bool = False,
+        only_state: Mapping[Tensor, Any] | None = None,
         rooms: Rooms | None = None,
     ) -> None:
         self.module = module
         self.generation = generation
-        self.is_private = is_private
+        self.only_state = only_state
         self.rooms = {} if rooms is None else rooms
         modules = dict(module.named_modules())
         trees = dict(members.named_modules())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from unisono.describe import list_facts
-from unisono.distributed.agreement import agree, checksum, facts_of
+from unisono.distributed.agreement import agree, checksum, digest, facts_of
 from unisono.engine.tree import leaves
 from unisono.ensemble import Ensemble
 from unisono.errors import EnsembleError
@@ -84,9 +84,9 @@ def prepared(
     except EnsembleError as differences:
         differences.add_note(_ALONE)
         raise
-    if ranks.have_all:
+    if ranks.have_all and (differing := _differing(session)):
         _check_values(session)
-        _take_from_first(session)
+        _take_from_first(differing)
     return session
 
 
@@ -108,6 +108,15 @@ def _facts(session: Session) -> dict[str, str]:
         kept = [(key, tuple(t.shape)) for (_, key), t in states_of(session.optimizer)]
         facts["state of the optimizer"] = f"{len(kept)} tensors, {zlib.crc32(repr(kept).encode())}"
     return facts
+
+
+def _differing(session: Session) -> list[Tensor]:
+    """The tensors that aren't on all ranks bit by bit those of the first; the same everywhere."""
+    states = [state for _, state in states_of(session.optimizer)]
+    tensors = [*_all_tensors(session.ens).values(), *states]
+    found = session.ranks.gather(torch.stack([digest(tensor) for tensor in tensors]).tolist())
+    columns = zip(tensors, *found, strict=True)
+    return [tensor for tensor, *digests in columns if len(set(digests)) > 1]
 
 
 def _check_values(session: Session) -> None:
@@ -141,10 +150,9 @@ def _check_values(session: Session) -> None:
 
 
 @torch.no_grad()
-def _take_from_first(session: Session) -> None:
+def _take_from_first(tensors: Sequence[Tensor]) -> None:
     """Give all ranks the values of the first, bit by bit."""
-    states = [state for _, state in states_of(session.optimizer)]
-    for tensor in [*_all_tensors(session.ens).values(), *states]:
+    for tensor in tensors:
         value = tensor.detach().contiguous()
         dist.broadcast(value.reshape(-1).view(torch.uint8), src=0)
         tensor.copy_(value)

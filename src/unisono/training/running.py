@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from unisono.block import Block
-from unisono.collectives import broadcast_first, gather_values
+from unisono.collectives import broadcast_first
 from unisono.ensemble import Ensemble
 from unisono.optim import MemberOptimizer
 from unisono.rows import copy_rows
+from unisono.training.exchange import gather_members
 from unisono.training.gradients import SummedGradients, is_summed
 from unisono.training.ranks import Ranks
 from unisono.training.shares import spread_evenly
@@ -90,9 +90,9 @@ class Running:
         if own:
             places = self.ranks.at_home(own)
             self.ens = self.home[places]
-            self.ens._planner.keep_private()
             self.ens.block = self._block(chosen)
             self.optimizer = self.home_optimizer.select(self.ens, places)
+            self.ens._planner.keep_private(self.optimizer.state)
         self.gradients = self._summed()
 
     def pull(self) -> None:
@@ -141,13 +141,11 @@ class Running:
         group = self.ranks.group
         if group is None or not self.ranks.have_all:
             return
-        order = [i for own in self.held for i in own]
         shared = shared_tensors(self.home)
         ids = {id(tensor) for tensor in shared.values()}
         states = [s for (parameter, _), s in states_of(self.home_optimizer) if parameter not in ids]
         tensors = [*self.home.stacked_tensors().values(), *states, *best.values()]
-        for tensor in tensors:
-            gather_members(tensor, self.held_here, order, group)
+        gather_members(tensors, self.held, self.ranks.block.index, group)
         for tensor in shared.values():
             tensor.copy_(broadcast_first(tensor, group))
 
@@ -164,24 +162,6 @@ class Running:
     def _summed(self) -> SummedGradients | None:
         block = self.ranks.block
         return SummedGradients(self.ens, block) if is_summed(self.ens, block) else None
-
-
-def gather_members(
-    tensor: Tensor, own: Sequence[int], order: Sequence[int], group: ProcessGroup
-) -> None:
-    """Write the rows that each rank holds to the tensors of all ranks, in place.
-
-    Args:
-        tensor: The rows of all members.
-        own: The rows that are up to date here.
-        order: Those of all ranks, one rank after another.
-        group: The ranks.
-
-    Shape:
-        - tensor: (N, *)
-    """
-    found = gather_values(tensor.detach()[list(own)], group)
-    copy_rows({"": tensor}, order, {"": found}, range(len(order)))
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
 from typing import Any, Literal, NamedTuple
@@ -160,13 +160,16 @@ class Planner:
             self.pool.give_back(template)
         return choice.plan.chunk_size
 
-    def keep_private(self) -> None:
+    def keep_private(self, state: Mapping[Tensor, Any]) -> None:
         """Let parameters move in memory whatever else there is: nobody else holds them.
 
         For an ensemble that the library makes for itself, with its optimizer. Of others it can't
         know whether a wrapper has noted where they are.
+
+        Args:
+            state: What that optimizer keeps for each parameter; it moves along.
         """
-        self.pool.is_private = True
+        self.pool.only_state = state
         self.pool.renew()
 
     def store_for_training(self) -> None:

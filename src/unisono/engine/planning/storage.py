@@ -57,7 +57,7 @@ def adopt(template: Template, memory_format: MemoryFormat) -> None:
     So does the state of an optimizer that nobody else knows.
     """
     moved = _moved(template, memory_format)
-    states = _states_of(moved) if template.is_private else []
+    states = [] if template.only_state is None else _states_of(template, moved)
     # Not in inference mode, whose tensors could never be trained.
     with torch.inference_mode(False), torch.no_grad():
         for slot, state in [(slot, [_value(slot)]) for slot in moved] + states:
@@ -77,17 +77,17 @@ def is_free(template: Template, memory_format: MemoryFormat) -> bool:
     moved = _moved(template, memory_format)
     if any(not _value(slot).is_leaf or _value(slot).grad is not None for slot in moved):
         return False
-    if template.is_private:
+    if template.only_state is not None:
         return True
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return False  # DistributedDataParallel has noted the order, and mixes up the gradients
-    return not _states_of(moved)
+    return not _states_of(template, moved)
 
 
 def demanded_format(template: Template) -> MemoryFormat:
     """The format that the state of an optimizer has: it may have been loaded from a file."""
     for memory_format in formats_of(template)[1:]:
-        for slot, state in _states_of(_concerned(template, memory_format)):
+        for slot, state in _states_of(template, _concerned(template, memory_format)):
             order, shape = _strides(slot, memory_format), _value(slot).shape
             moments = [m for m in state if m.shape == shape and not m.is_contiguous()]
             if any(moment.stride() == order for moment in moments):
@@ -157,8 +157,11 @@ def _converted(value: Tensor, strides: tuple[int, ...]) -> Tensor:
     return copy.requires_grad_(value.requires_grad)
 
 
-def _states_of(slots: Sequence[Slot]) -> list[tuple[Slot, list[Tensor]]]:
+def _states_of(template: Template, slots: Sequence[Slot]) -> list[tuple[Slot, list[Tensor]]]:
     """The tensors that mappings hold under parameters as keys, as an optimizer's state does."""
+    if template.only_state is not None:
+        known = [(slot, template.only_state.get(_value(slot))) for slot in slots]
+        return [(slot, _tensors(state)) for slot, state in known]
     # To look through all objects takes a tenth of a second. There is no need if a parameter is
     # known to its tree alone, and to this very expression.
     held = [s for s in slots if sys.getrefcount(s.source[s.source_key]) > _KNOWN_REFERENCES]
@@ -167,7 +170,7 @@ def _states_of(slots: Sequence[Slot]) -> list[tuple[Slot, list[Tensor]]]:
         return []
     holders = gc.get_referrers(*map(_value, held))
     return [
-        (by_id[id(key)], [leaf for _, leaf in leaves(value) if isinstance(leaf, Tensor)])
+        (by_id[id(key)], _tensors(value))
         for holder in holders
         if isinstance(holder, dict)
         for key, value in list(holder.items())
@@ -176,6 +179,10 @@ def _states_of(slots: Sequence[Slot]) -> list[tuple[Slot, list[Tensor]]]:
 
 
 _KNOWN_REFERENCES = 2
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for _, leaf in leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _value(slot: Slot) -> Any:
