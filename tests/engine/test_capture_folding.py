@@ -48,6 +48,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         nn.Conv2d(2, 4, 3, stride=2), nn.BatchNorm2d(4), nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3)
     ),
     "groups": lambda: nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.BatchNorm2d(4)),
+    "pointwise": lambda: nn.Sequential(
+        *(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 1, bias=False)),
+        *(nn.BatchNorm2d(3, affine=False), nn.ReLU(), nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)),
+    ),
 }
 
 
@@ -88,6 +92,25 @@ class Watched(nn.Module):
         return y + self.norm(y)
 
 
+class Pointwise(Watched):
+    """A product, looked at once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.conv = nn.Conv2d(2, 3, 3), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.first(x))
+
+
+class Split(Pointwise):
+    """The channels of the norm are others than those of the convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(self.first(x))
+        return self.norm(y.transpose(1, 2)[:, :4])
+
+
 class Returned(Watched):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         y = self.conv(x)
@@ -112,6 +135,8 @@ class Other(Watched):
 
 KEPT: dict[str, Callable[[], nn.Module]] = {
     "read twice": Watched,
+    "a product that is read twice": Pointwise,
+    "rows for channels": Split,
     "returned": Returned,
     "statistics change": Written,
     "an op between": Other,

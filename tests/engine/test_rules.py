@@ -120,9 +120,14 @@ def test_attention_that_is_not_native_copies_no_weight() -> None:
         (lambda: nn.LayerNorm(6, bias=False), (4, 6), {"native_layer_norm": 1, "mul": 1}),
         (lambda: nn.GroupNorm(2, 6), (4, 6, 5), {"native_group_norm": 1, "addcmul": 1}),
         (
-            lambda: nn.Sequential(nn.Conv1d(6, 6, 1), nn.GroupNorm(2, 6)),
+            lambda: nn.Sequential(nn.Conv1d(6, 6, 3), nn.GroupNorm(2, 6)),
             (4, 6, 5),
             {"clone": 1, "convolution": 1, "native_group_norm": 1},
+        ),
+        (
+            lambda: nn.Sequential(nn.Conv1d(6, 6, 1), nn.GroupNorm(2, 6)),
+            (4, 6, 5),
+            {"clone": 2, "baddbmm": 1, "native_group_norm": 1},
         ),
         (
             lambda: nn.Sequential(
@@ -132,7 +137,10 @@ def test_attention_that_is_not_native_copies_no_weight() -> None:
             {"clone": 1, "convolution": 2, "relu": 1},
         ),
     ],
-    ids=["layer_norm", "layer_norm-without-bias", "group_norm", "conv-group_norm", "transposed"],
+    ids=[
+        *("layer_norm", "layer_norm-without-bias", "group_norm", "conv-group_norm"),
+        *("pointwise-group_norm", "transposed"),
+    ],
 )
 def test_ops_of_a_layer(make: Any, shape: tuple[int, ...], expected: dict[str, int]) -> None:
     ens, _ = build(make)
@@ -144,7 +152,7 @@ def test_upsampling_between_convolutions_copies_nothing_but_the_input() -> None:
     ens, _ = build(
         lambda: nn.Sequential(
             nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect"),
-            *(nn.Upsample(scale_factor=2), nn.ZeroPad2d(1), nn.MaxPool2d(2), nn.Conv2d(4, 2, 1)),
+            *(nn.Upsample(scale_factor=2), nn.ZeroPad2d(1), nn.MaxPool2d(2), nn.Conv2d(4, 2, 3)),
         )
     )
     with torch.no_grad():

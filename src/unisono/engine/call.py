@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from unisono.engine.axis import attach, attach_all, detach, member_axis
 from unisono.engine.inputs import map_inputs, per_member
-from unisono.engine.joining import members_of
+from unisono.engine.joining import members_of, rooms_of_call
 from unisono.engine.kernels import install
 from unisono.engine.outputs import check_arguments, check_leaf
 from unisono.engine.parts import Assigned, Call, Parts, Result
@@ -35,6 +35,13 @@ Strategy = Callable[[Template, Sequence[Any], Call], Result]
 
 def fused(template: Template, values: Sequence[Any], call: Call) -> Result:
     """Run ``forward`` once, every tensor standing for those of all members."""
+    if not torch.is_grad_enabled():
+        return _fused(template, values, call)
+    with rooms_of_call(template.rooms, template.names, values):
+        return _fused(template, values, call)
+
+
+def _fused(template: Template, values: Sequence[Any], call: Call) -> Result:
     known = straight(template, values, call)
     return at_once(template, values, call, _nothing_around) if known is None else known
 

@@ -8,8 +8,10 @@ for each page of it. So the memory is kept, and used again once nobody has the g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Final
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,63 @@ _SMALLEST: Final = 1 << 20  # bytes; what is smaller the C library keeps itself
 
 Rooms = dict[str, Tensor]
 """Name of a parameter -> memory of its size, with which a gradient was stored before."""
+
+
+class Home(NamedTuple):
+    """Where the gradients of one parameter live."""
+
+    name: str
+    rooms: Rooms
+
+    def room_for(self, like: Tensor) -> Tensor:
+        """Memory to write a gradient to: what the last one had, if nobody has it any more."""
+        room = self.rooms.pop(self.name, None)  # one step: two threads never get the same one
+        if room is None or not _fits(room, like) or not is_unheld(room):
+            room = torch.empty_like(like)
+        return room
+
+    def keep(self, room: Tensor) -> Tensor:
+        """The gradient that was written there, of which others may know from now on."""
+        joined = room.detach()  # before others find the room, or it would seem to be nobody's
+        self.rooms[self.name] = room
+        return joined
+
+
+class _Running(threading.local):
+    """The call that this thread runs: where its gradients live, and its parameters by name."""
+
+    rooms: Rooms | None = None
+    names: Sequence[str] = ()
+    values: Sequence[Any] = ()
+
+
+_running = _Running()
+
+
+@contextmanager
+def rooms_of_call(rooms: Rooms, names: Sequence[str], values: Sequence[Any]) -> Iterator[None]:
+    """Let rules find with `home_of` where the gradients of the parameters that they get live.
+
+    Args:
+        rooms: Where memory is kept.
+        names: The dotted names of the call's tensors.
+        values: The tensors.
+    """
+    before = _running.rooms, _running.names, _running.values
+    _running.rooms, _running.names, _running.values = rooms, names, values
+    try:
+        yield
+    finally:
+        _running.rooms, _running.names, _running.values = before
+
+
+def home_of(tensor: Tensor) -> Home:
+    """Where the gradient of a parameter of the call lives; of another tensor, in new memory."""
+    if _running.rooms is not None and tensor.is_leaf:
+        for name, value in zip(_running.names, _running.values, strict=True):
+            if value is tensor:
+                return Home(name, _running.rooms)
+    return Home("", {})
 
 
 def members_of(parameter: Tensor, name: str, rooms: Rooms) -> Sequence[Tensor]:
@@ -68,14 +127,11 @@ class _Members(torch.autograd.Function):
         like = ctx.like
         if torch.is_grad_enabled():  # this gradient will itself be differentiated
             return torch.stack([_or_zero(g, like[0]) for g in grads]), None, None
-        room = ctx.rooms.pop(ctx.name, None)  # one step: two threads never get the same one
-        if room is None or not _fits(room, like) or not is_unheld(room):
-            room = torch.empty_like(like)
+        home = Home(ctx.name, ctx.rooms)
+        room = home.room_for(like)
         for row, gradient in zip(room.unbind(), grads, strict=True):
             row.zero_() if gradient is None else row.copy_(gradient)
-        joined = room.detach()  # before others find the room, or it would seem to be nobody's
-        ctx.rooms[ctx.name] = room
-        return joined, None, None
+        return home.keep(room), None, None
 
 
 def _fits(room: Tensor, like: Tensor) -> bool:

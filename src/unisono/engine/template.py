@@ -85,6 +85,7 @@ class Template:
             home[key] = None
             name = _join(path, key)
             self.slots.append(Slot(home, key, None, kept, key, name, "attribute", True))
+        self.names = [slot.name for slot in self.slots]
         self.holds_stacked_tensors = all(
             slot.stacked and slot.kind != "attribute" for slot in self.slots
         )

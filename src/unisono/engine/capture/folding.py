@@ -20,12 +20,21 @@ from unisono.engine.steps import pays_to_fold
 _aten: Final = torch.ops.aten
 _FLOATS: Final = (torch.float32, torch.float64)
 _VIEWS: Final = (_aten.split_with_sizes.default, _aten.view.default)
+_PRODUCTS: Final = (_aten.bmm.default, _aten.baddbmm.default)
+# What brings the results of a product into the order that a norm takes.
+_MOVES: Final = (
+    _aten.clone.default,
+    _aten.permute.default,
+    _aten.view.default,
+    _aten._unsafe_view.default,
+)
 
 
 def with_folded_norms(trace: Trace, ops: Sequence[Op]) -> list[Op]:
     """The ops without such norms.
 
     Where members are convolved one by one, their results stand side by side, joined by ``cat``.
+    Where filters see one position at a time, the convolutions are a matrix product.
     """
     made = {ref: k for k, op in enumerate(ops) for ref in op.results if not op.written}
     readers = Counter(storage for op in ops for storage in _storages(trace, op.reads))
@@ -38,12 +47,19 @@ def with_folded_norms(trace: Trace, ops: Sequence[Op]) -> list[Op]:
         if last is None:  # what the caller has passed
             continue
         is_cat = ops[last].target is _aten.cat.default and ops[last].args[1:] == (1,)
-        convs = [made.get(ref, -1) for ref in ops[last].args[0]] if is_cat else [last]
+        moves = _moves(ops, made, last)
+        if is_cat:
+            convs = [made.get(ref, -1) for ref in ops[last].args[0]]
+        else:
+            convs = [last if not moves else made.get(ops[moves[0]].args[0], -1)]
         if min(convs) < 0 or len(set(convs)) < len(convs):  # an input, or one result twice
             continue
-        if not _is_known_to_norm_only(trace, ops, readers, [*convs, last], k):
+        if not _is_known_to_norm_only(trace, ops, readers, [*convs, *moves, last], k):
             continue
-        folded = _folded(trace, [ops[j] for j in convs], norm)
+        if moves:
+            folded = _folded_product(trace, ops[convs[0]], [ops[j] for j in moves], norm)
+        else:
+            folded = _folded(trace, [ops[j] for j in convs], norm)
         if folded is None:
             continue
         before, changed = folded
@@ -59,11 +75,14 @@ def _is_known_to_norm_only(
     trace: Trace, ops: Sequence[Op], readers: Mapping[int, int], made_by: Sequence[int], norm: int
 ) -> bool:
     """Whether nobody else reads these results, and the norm may read its tensors earlier."""
-    between = _storages(trace, [ref for k in set(made_by) for ref in ops[k].results])
+    made = [ref for k in set(made_by) for ref in ops[k].results]
+    between = _storages(trace, made)
+    # A view and what it shows have one storage, which is read once more for each.
+    reads = Counter(trace.values[ref].storage for ref in made)
     aside = _storages(trace, ops[norm].results[1:])
     written = _storages(trace, [ref for op in ops[min(made_by) : norm] for ref in op.written])
     return (
-        all(readers[storage] == 1 for storage in between)
+        all(readers[storage] == reads[storage] for storage in between)
         and not any(readers[storage] for storage in aside)
         and written.isdisjoint(_storages(trace, ops[norm].reads))
     )
@@ -73,11 +92,59 @@ def _storages(trace: Trace, refs: Iterable[Ref]) -> set[int]:
     return {trace.values[ref].storage for ref in refs}
 
 
+def _moves(ops: Sequence[Op], made: Mapping[Ref, int], last: int) -> list[int]:
+    """The ops, in order, that bring a product's results to where ``last`` leaves them."""
+    found: list[int] = []
+    place: int | None = last
+    while place is not None and ops[place].target in _MOVES:
+        found.insert(0, place)
+        place = made.get(ops[place].args[0])
+    return found if place is not None and ops[place].target in _PRODUCTS else []
+
+
+def _folded_product(
+    trace: Trace, product: Op, moves: Sequence[Op], norm: Op
+) -> tuple[list[Op], list[Op]] | None:
+    """The same for a product ``filters @ columns`` (+ bias) with a channel in each row."""
+    between, _, _, mean, var, training, _, _ = norm.args
+    if training or mean is None or var is None:
+        return None
+    if trace.values[between].layout != trace.values[norm.results[0]].layout:
+        return None
+    *bias, filters, columns = product.args
+    w, y = trace.tensor(filters), trace.tensor(product.result)
+    if w.dtype not in _FLOATS or product.kwargs or not pays_to_fold(y.numel(), w.numel()):
+        return None
+    rows = torch.arange(len(w) * w.shape[1], device=w.device)
+    where = rows.view(len(w), -1, 1).expand(y.shape)
+    for op in moves:
+        where = op.target(where, *op.args[1:], **op.kwargs)
+    if not torch.equal(where, rows.view(-1, *[1] * (where.dim() - 2)).expand(where.shape)):
+        return None  # the norm's channels are others
+    made = _Made(trace)
+    scale, shift = (made(_aten.view.default, ref, [*w.shape[:2], 1]) for ref in _affine(made, norm))
+    own = made(_aten.addcmul.default, shift, bias[0], scale) if bias else shift
+    scaled = made(_aten.mul.Tensor, filters, scale)
+    changed = Op(_aten.baddbmm.default, (own, scaled, columns), {}, product.result)
+    return made.ops, [changed]
+
+
+def _affine(made: _Made, norm: Op) -> tuple[Ref, Ref]:
+    """What the norm multiplies by, and what it adds."""
+    _, weight, bias, mean, var, _, _, eps = norm.args
+    scale = made(_aten.rsqrt.default, made(_aten.add.Scalar, var, eps))
+    if weight is not None:
+        scale = made(_aten.mul.Tensor, scale, weight)
+    shift = made(_aten.mul.Tensor, mean, scale)
+    shift = made(_aten.neg.default, shift) if bias is None else made(_aten.sub.Tensor, bias, shift)
+    return scale, shift
+
+
 def _folded(trace: Trace, convs: Sequence[Op], norm: Op) -> tuple[list[Op], list[Op]] | None:
     """What is to be computed before, and the changed convolutions; None where it doesn't pay."""
     if any(conv.target is not _aten.convolution.default for conv in convs):
         return None
-    between, weight, bias, mean, var, training, _, eps = norm.args
+    between, _, _, mean, var, training, _, _ = norm.args
     if training or mean is None or var is None:
         return None
     if trace.values[between].layout != trace.values[norm.results[0]].layout:
@@ -89,11 +156,7 @@ def _folded(trace: Trace, convs: Sequence[Op], norm: Op) -> tuple[list[Op], list
     if not all(pays_to_fold(y.numel(), w.numel()) for y, w in zip(results, filters, strict=True)):
         return None
     made = _Made(trace)
-    scale = made(_aten.rsqrt.default, made(_aten.add.Scalar, var, eps))
-    if weight is not None:
-        scale = made(_aten.mul.Tensor, scale, weight)
-    shift = made(_aten.mul.Tensor, mean, scale)
-    shift = made(_aten.neg.default, shift) if bias is None else made(_aten.sub.Tensor, bias, shift)
+    scale, shift = _affine(made, norm)
     scales, shifts = [scale], [shift]
     if len(convs) > 1:
         sizes = [len(w) for w in filters]

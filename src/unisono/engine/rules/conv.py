@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from unisono.engine.axis import Operand
+from unisono.engine.rules.conv_pointwise import pointwise
+from unisono.engine.rules.conv_separate import Geometry, along_axes, separate
 from unisono.engine.rules.layout import folded, for_each_member, members_first, unfolded
 
 _LARGE = 1e7  # floating-point operations of one member
@@ -50,11 +52,15 @@ def conv(
         return unfolded(y, 0, n), 0
     if x[1] is None and weight[1] is not None:
         return _on_shared_input(convolve, n, x[0], members_first(weight), bias, options, groups)
+    if groups == 1 and None not in (x[1], weight[1]) and (bias is None or bias_is_stacked):
+        found = pointwise(x, weight, bias, stride, padding)
+        if found is not None:
+            return found, 1
     b = None if bias is None else folded(bias, 0, n)
     if is_channels_last(weight):
         y = convolve(channels_last(x, n), _filters(weight[0]), b, *options, n * groups)
     elif groups == 1 and weight[1] is not None and is_large(n, x[0], weight[0], stride):
-        return one_by_one(convolve, n, x, weight, bias, options)
+        return one_by_one(convolve, n, x, weight, bias, options, _geometry(weight, *options))
     else:
         w = folded(weight, 0, n)  # (N * O, C / groups, *)
         y = convolve(folded(x, 1, n), w, b, *options, n * groups)
@@ -131,6 +137,18 @@ def is_large(n: int, x: Tensor, weight: Tensor, stride: Sequence[int] = ()) -> b
     return 2 * weight.numel() / n * positions / n > _LARGE
 
 
+def _geometry(
+    weight: Operand, stride: Sequence[int], padding: Sequence[int] | str, dilation: Sequence[int]
+) -> Geometry | None:
+    """The options with an entry for each spatial axis; None where they are not numbers."""
+    if isinstance(padding, str):
+        return None
+    spatial = weight[0].dim() - 3
+    return Geometry(
+        along_axes(stride, spatial), along_axes(padding, spatial), along_axes(dilation, spatial)
+    )
+
+
 def one_by_one(
     convolve: Callable[..., Tensor],
     n: int,
@@ -138,8 +156,14 @@ def one_by_one(
     weight: Operand,
     bias: Operand | None,
     options: tuple[object, ...],
+    geometry: Geometry | None,
 ) -> Operand:
     """The convolutions of the members one after another, joined as `conv` leaves them."""
+    if geometry is not None and x[1] is not None:
+        own_bias = None if bias is None else for_each_member(bias, n)
+        y = separate(members_first(x), members_first(weight), own_bias, geometry)
+        if y is not None:
+            return y, 1
     biases = [None] * n if bias is None else for_each_member(bias, n)
     columns = zip(members_first(x), members_first(weight), biases, strict=True)
     ys = [convolve(*column, *options) for column in columns]  # N of (B, O, *)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from unisono.engine.axis import Operand
 from unisono.engine.rules.conv import is_large, one_by_one
+from unisono.engine.rules.conv_separate import Geometry, along_axes
 from unisono.engine.rules.layout import folded, unfolded
 
 _CONV: dict[int, Callable[..., Tensor]] = {
@@ -46,7 +47,15 @@ def conv_transpose(
             return convolve(x[0], weight[0], shared_bias, *options), None
         return unfolded(convolve(folded(x, 0, n), weight[0], shared_bias, *options), 0, n), 0
     if groups == 1 and None not in (x[1], weight[1]) and is_large(n, x[0], weight[0]):
-        return one_by_one(convolve, n, x, weight, bias, options)
+        spatial = weight_dim - 2
+        geometry = Geometry(
+            along_axes(stride, spatial),
+            along_axes(padding, spatial),
+            along_axes(dilation, spatial),
+            is_transposed=True,
+            output_padding=along_axes(output_padding, spatial),
+        )
+        return one_by_one(convolve, n, x, weight, bias, options, geometry)
     b = None if bias is None else folded(bias, 0, n)
     if x[1] is None and groups == 1:
         y = convolve(x[0], folded(weight, 1, n), b, *options)  # filters (C, N * O, *)
