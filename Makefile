@@ -86,12 +86,12 @@ docs: $(STAMPS)/dev  ## Build the documentation into build/docs
 	$(sphinx)
 	@printf 'unisono: open build/docs/index.html\n'
 
-bench: $(STAMPS)/bench  ## Time ensembles against the loop and others on many networks; about 30 min
+bench: $(STAMPS)/bench  ## Time ensembles against the loop and others on many networks; about 40 min
 	@mkdir -p build
 	$(call step,run the benchmarks of training,$(BIN)/python -m benchmarks.train --json build/train.json $(BENCH_TRAIN),make bench BENCH_TRAIN="--only MLP")
 	$(call step,run the benchmarks,$(BIN)/python -m benchmarks.predict --json build/bench.json --png build/bench.png $(BENCH),make bench BENCH="--only MLP")
 
-zoo: $(ZOOED)  ## Compare ensembles of public models with the loop; takes hours and can be resumed
+zoo: $(ZOOED)  ## Compare ensembles of public models with the loop; about an hour, can be resumed
 	$(call step,go through the zoo,$(ZOO_BIN)/python -m benchmarks.zoo --json build/zoo/zoo.json --page docs/zoo.md $(ZOO),make zoo ZOO="--only NAME")
 
 wheel: $(STAMPS)/pip  ## Build the wheel into dist

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.contenders import LOOP, Contender, NotApplicableError
 
 TURN_SECONDS = 0.02  # long against the clock, short against the machine's moods
-MIN_ROUNDS = 5
+MIN_ROUNDS = 9
 TOLERANCE = 1e-3  # in float32
 EXACT_TOLERANCE = 1e-7  # in float64
 

@@ -182,7 +182,7 @@ def _plain(rows: Sequence[Row], caption: str) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__)
     parser.add_argument("--only", default="", help="part of the names of the cases to run")
-    parser.add_argument("--rounds", type=int, default=40, help="at most so many; at least 5")
+    parser.add_argument("--rounds", type=int, default=40, help="at most so many; at least 9")
     parser.add_argument("--seconds", type=float, default=6, help="for the rounds of one case")
     parser.add_argument("--start-seconds", type=float, default=120, help="to compile or to plan")
     parser.add_argument("--tiny", action="store_true", help="two members, minibatches of two")

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import (
     contenders,
+    convolutions,
     epoch_contenders,
     measure,
     predict,
@@ -238,3 +239,26 @@ def test_a_contender_that_takes_other_steps_is_not_timed():
     )
     assert list(ready) == [train_contenders.LOOP]
     assert "differ by" in out[train_contenders.VMAP].reason
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "training"])
+@pytest.mark.parametrize("layer", convolutions.LAYERS, ids=lambda layer: layer.name)
+def test_convolutions_of_all_contenders_are_those_of_the_loop(layer, backward):
+    small = layer._replace(channels=layer.channels // 8, filters=layer.filters // 8)
+    found = convolutions.row(small, backward, rounds=1, seconds=0)
+    *_, loop, vmap = found.strip(" |").split(" | ")
+    assert float(loop) > 0
+    assert float(vmap) > 0
+
+
+def test_a_convolution_that_differs_is_not_timed(monkeypatch):
+    make = convolutions.contenders
+
+    def broken(*args):
+        found = make(*args)
+        found[VMAP].outputs = lambda outputs: outputs[0] + 1
+        return found
+
+    monkeypatch.setattr(convolutions, "contenders", broken)
+    with pytest.raises(AssertionError, match="outputs differ"):
+        convolutions.row(convolutions.LAYERS[0], False, rounds=1, seconds=0)
