@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -126,3 +127,12 @@ def train_steps(
             optimizer.step()
         losses.append(loss.detach())
     return losses
+
+
+def in_threads(work: Callable[[int], None], count: int) -> None:
+    """Run ``work(0), ..., work(count - 1)`` at the same time; what they raise is theirs to keep."""
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()

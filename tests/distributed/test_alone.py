@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from unisono.block import split_members
 from unisono.distributed.agreement import _AT_ONCE, digest, facts_of
 from unisono.engine.rng import drawing_apart
 from unisono.errors import EnsembleError
+from unisono.training import exchange, rank_checks
 
 NOT_STARTED = """\
 {}: this process belongs to no group of processes (RANK, WORLD_SIZE, MASTER_ADDR are not in the \
@@ -214,3 +216,34 @@ def test_a_digest_of_a_large_tensor_sees_all_of_it():
         other[place] = 1
         digests.add(int(digest(other)))
     assert len(digests) == 6
+
+
+def test_a_message_holds_tensors_of_one_device():
+    """An optimizer keeps the numbers of steps on the host, beside moments on the device."""
+    tensors = [torch.empty(3, 2, device=device) for device in ("meta", "cpu", "meta", "cpu")]
+    tensors.append(torch.empty(3, 0))
+    messages = list(exchange._messages(tensors, 3))
+    assert [[tensor.device.type for tensor in few] for few in messages] == [
+        ["meta"] * 2,
+        ["cpu"] * 2,
+    ]
+    assert {id(t) for few in messages for t in few} == {id(t) for t in tensors[:4]}
+
+
+def test_digests_of_tensors_on_several_devices_are_never_joined_on_one(monkeypatch):
+    """`torch.stack` takes tensors of one device; a number alone can be read from any."""
+
+    class OnSomeDevice:
+        def __int__(self):
+            return 7
+
+    monkeypatch.setattr(rank_checks, "digest", lambda tensor: OnSomeDevice())
+    ens = Ensemble([nn.Linear(2, 2)])
+    gathered = []
+    session = SimpleNamespace(
+        ens=ens,
+        optimizer=torch.optim.Adam(ens.parameters()),
+        ranks=SimpleNamespace(gather=lambda own: (gathered.append(own), [own, [7, 8]])[1]),
+    )
+    assert [tuple(tensor.shape) for tensor in rank_checks._differing(session)] == [(1, 2)]
+    assert gathered == [[7, 7]]

@@ -3,7 +3,6 @@
 import copy
 import gc
 import pickle
-import threading
 import warnings
 import weakref
 
@@ -13,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cases import CASES, N, members
-from oracles import stack_inputs
+from oracles import in_threads, stack_inputs
 from unisono import Ensemble, EnsembleError, EnsembleWarning, UnsupportedModelError, per_member
 from unisono.engine.capture import choice
 from unisono.engine.planning import measuring
@@ -742,11 +741,7 @@ def test_threads():
             except BaseException as error:
                 failures.append(error)
 
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(12)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 12)
     assert not failures
     assert len(captured) == 3
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import oracles
 from unisono import Ensemble, per_member
 from unisono.engine.rules import conv_pointwise, conv_separate
 
@@ -256,11 +256,7 @@ def test_threads_get_gradients_of_their_own() -> None:
             if not torch.allclose(gradient(xs[k]), wanted[k]):
                 wrong.append(k)
 
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    oracles.in_threads(work, 8)
     assert not wrong
 
 

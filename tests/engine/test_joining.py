@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
 from typing import Any
 
 import pytest
@@ -188,11 +187,7 @@ def test_threads_never_write_to_one_memory() -> None:
             if not torch.allclose(found, wanted[k]):
                 wrong.append(k)
 
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    oracles.in_threads(work, 8)
     assert not wrong
 
 

@@ -48,16 +48,17 @@ def gather_members(
 
 
 def _messages(tensors: Sequence[Tensor], num_rows: int) -> Iterator[list[Tensor]]:
-    """The tensors in order, in lists that are sent at once; on all ranks the same."""
-    few: list[Tensor] = []
-    size = 0
-    for tensor in filter(_row_size, tensors):
-        if few and size + _row_size(tensor) * num_rows > _MESSAGE:
-            yield few
-            few, size = [], 0
-        few.append(tensor)
-        size += _row_size(tensor) * num_rows
-    if few:
+    """The tensors in lists that are sent at once, each on one device; on all ranks the same."""
+    kept = list(filter(_row_size, tensors))
+    for device in dict.fromkeys(tensor.device for tensor in kept):
+        few: list[Tensor] = []
+        size = 0
+        for tensor in (tensor for tensor in kept if tensor.device == device):
+            if few and size + _row_size(tensor) * num_rows > _MESSAGE:
+                yield few
+                few, size = [], 0
+            few.append(tensor)
+            size += _row_size(tensor) * num_rows
         yield few
 
 

@@ -114,7 +114,8 @@ def _differing(session: Session) -> list[Tensor]:
     """The tensors that aren't on all ranks bit by bit those of the first; the same everywhere."""
     states = [state for _, state in states_of(session.optimizer)]
     tensors = [*_all_tensors(session.ens).values(), *states]
-    found = session.ranks.gather(torch.stack([digest(tensor) for tensor in tensors]).tolist())
+    # One by one, since an optimizer keeps the numbers of steps on the host.
+    found = session.ranks.gather([int(digest(tensor)) for tensor in tensors])
     columns = zip(tensors, *found, strict=True)
     return [tensor for tensor, *digests in columns if len(set(digests)) > 1]
 
