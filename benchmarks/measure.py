@@ -147,7 +147,9 @@ def assert_equal(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], tolera
 def time_in_turns(
     contenders: Mapping[str, Contender], *, rounds: int, seconds: float
 ) -> dict[str, Times]:
-    """Time each contender once per round: A B C, B C A, C A B, ...
+    """Time each contender once per round: A B C, A C B, C A B, ...
+
+    The order rotates and turns round, so that nobody has always the same one before it.
 
     Args:
         contenders: What to time; each has run before.
@@ -169,7 +171,8 @@ def time_in_turns(
         try:
             for r in range(rounds):
                 first = r % len(names)
-                for name in names[first:] + names[:first]:
+                order = names[first:] + names[:first]
+                for name in reversed(order) if r % 2 else order:
                     once = _timed(contenders[name].run, calls[name][1])
                     times[name].seconds.append(once)
         finally:
