@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import tempfile
 from pathlib import Path
 
@@ -360,8 +361,7 @@ def equal_ranks_send_no_weights(mesh):
 
 
 def rows_of_every_dtype_arrive_bit_by_bit(mesh):
-    held, rank = [[0, 2, 3, 6], [1, 5, 4]], dist.get_rank()
-    dtypes = [torch.float64, torch.bool, torch.bfloat16, torch.complex64, torch.int64]
+    dtypes = [torch.bool, torch.float64, torch.bfloat16, torch.complex64, torch.int64]
     shapes = [(3,), (), (2, 3), (5, 0), (1,)]
     generator = torch.Generator().manual_seed(0)
     wanted = [
@@ -370,19 +370,26 @@ def rows_of_every_dtype_arrive_bit_by_bit(mesh):
         for shape in shapes
     ]
     wanted.append(torch.randn(N, 4, 3, generator=generator).transpose(1, 2))
-    for size in (exchange._MESSAGE, 40):
-        own = [torch.zeros_like(tensor) for tensor in wanted]
-        for tensor, want in zip(own, wanted, strict=True):
-            tensor[held[rank]] = want[held[rank]]
-        before, exchange._MESSAGE = exchange._MESSAGE, size
-        try:
-            with CollectiveBytes() as seen:
-                exchange.gather_members(own, held, rank, mesh.get_group("member"))
-        finally:
-            exchange._MESSAGE = before
-        for tensor, want in zip(own, wanted, strict=True):
-            assert torch.equal(tensor, want)
-        assert seen.total == 4 * sum(want[0].nbytes for want in wanted)
+    for held in ([[0, 2, 3, 6], [1, 5, 4]], [[3], [5]], [[2, 4], []]):
+        for size in (exchange._MESSAGE, 40):
+            _assert_rows_arrive(wanted, held, size, mesh.get_group("member"))
+
+
+def _assert_rows_arrive(wanted, held, message, group):
+    rank, sent = dist.get_rank(), sorted(itertools.chain(*held))
+    own = [torch.zeros_like(tensor) for tensor in wanted]
+    for tensor, want in zip(own, wanted, strict=True):
+        tensor[held[rank]] = want[held[rank]]
+    before, exchange._MESSAGE = exchange._MESSAGE, message
+    try:
+        with CollectiveBytes() as seen:
+            exchange.gather_members(own, held, rank, group)
+    finally:
+        exchange._MESSAGE = before
+    for tensor, want in zip(own, wanted, strict=True):
+        assert torch.equal(tensor[sent], want[sent])
+        assert int(tensor.count_nonzero()) == int(want[sent].count_nonzero())
+    assert seen.total == max(map(len, held)) * sum(want[0].nbytes for want in wanted)
 
 
 def folder_of_all():

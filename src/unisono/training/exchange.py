@@ -41,8 +41,9 @@ def gather_members(
                 continue
             there = _index(members, few[0])
             for tensor, part in zip(few, torch.split(rows, sizes, dim=1), strict=True):
-                # A slice may begin where no number of this dtype may.
-                values = part.contiguous().view(tensor.dtype)
+                # A copy, even of what is contiguous: a part may begin where no number of this
+                # dtype may.
+                values = part.clone(memory_format=torch.contiguous_format).view(tensor.dtype)
                 values = values.reshape(len(members), *tensor.shape[1:])
                 tensor.detach().index_copy_(0, there, values)
 
