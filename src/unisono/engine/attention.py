@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from unisono.engine.leaf import LayerForward
+from unisono.engine.leaf_attention import AttentionForward
 
 _MODULES = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 
@@ -29,7 +30,7 @@ def native_layers(member: nn.Module) -> list[nn.Module]:
     for module in member.modules():
         if isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer):
             forward = vars(module).get("forward")
-            is_own = forward is None or isinstance(forward, LayerForward)
+            is_own = forward is None or isinstance(forward, LayerForward | AttentionForward)
             if id(module) not in inside and not module.training and is_own:
                 found.append(module)
             inside.update(map(id, module.modules()))

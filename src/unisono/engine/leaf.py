@@ -22,6 +22,7 @@ from unisono.engine.axis import (
     parameters_of,
 )
 from unisono.engine.kernels import is_outside, run_chain, run_rule
+from unisono.engine.leaf_attention import AttentionForward, is_plain_attention
 from unisono.engine.rules.linear import linear
 from unisono.engine.steps import Look, Step, joined, step_of
 
@@ -44,6 +45,9 @@ def shorten(module: nn.Module) -> None:
         elif type(each) is nn.Linear:
             if {"weight", "bias"} <= parameters_of(each).keys():
                 each.forward = LinearForward(each)  # type: ignore[method-assign]
+        elif type(each) is nn.MultiheadAttention:
+            if is_plain_attention(each):
+                each.forward = AttentionForward(each)  # type: ignore[method-assign]
         elif (step := step_of(each)) is not None and step.run is not None and not step.is_view:
             each.forward = LayerForward(step)
 
