@@ -164,6 +164,19 @@ def rows_of_ranks(rows: Tensor, group: ProcessGroup) -> list[int]:
     return counts
 
 
+def place_of_flags(group: ProcessGroup | None) -> torch.device:
+    """Where ranks exchange a few numbers: on the host if they can, where nobody waits for a device.
+
+    Args:
+        group: The ranks; None for all.
+    """
+    if "cpu" in dist.get_backend_config(group):
+        return torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None  # a group has the backend of some device
+    return accelerator
+
+
 def raise_together(error: Exception | None, group: ProcessGroup | None, place: Any) -> None:
     """Raise on every rank if there is an error on any of them, so that none waits for it.
 

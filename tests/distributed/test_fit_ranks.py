@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import checks_ahead
 import checks_fit
 import checks_fit_four
 import pytest
@@ -25,6 +26,16 @@ def four_ranks(tmp_path_factory):
 @pytest.mark.parametrize("name", [check.__name__ for check in checks_fit.CHECKS])
 def test_two_blocks(two_ranks, name):
     assert_passed(two_ranks, name)
+
+
+@pytest.fixture(scope="module")
+def two_ranks_ahead(tmp_path_factory):
+    return run_checks("checks_ahead", 1, 2, tmp_path_factory)
+
+
+@pytest.mark.parametrize("name", [check.__name__ for check in checks_ahead.CHECKS])
+def test_two_blocks_one_of_them_ahead(two_ranks_ahead, name):
+    assert_passed(two_ranks_ahead, name)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import oracles
 import unisono
 from solo import train_alone
 from unisono import Ensemble, EnsembleError, EnsembleWarning, fit, optim, per_member
-from unisono.training import session
+from unisono.training import own_epochs
 
 N = 4
 ROWS = 50
@@ -112,13 +112,13 @@ def test_clipping_and_accumulation_are_the_members_own(data, options):
 def sizes_of_epochs(monkeypatch):
     """How many members are computed in each epoch."""
     seen = []
-    original = session.train_epoch
+    original = own_epochs.train_epoch
 
     def counted(running, *args, **kwargs):
         seen.append(len(running.ens))
         return original(running, *args, **kwargs)
 
-    monkeypatch.setattr(session, "train_epoch", counted)
+    monkeypatch.setattr(own_epochs, "train_epoch", counted)
     return seen
 
 
@@ -293,7 +293,7 @@ def test_when_few_train_on_an_error_leaves_the_end_of_the_last_epoch(data, raise
     calm, models = build(relu)
     wild = Ensemble(models, strategy="fused")
     epochs = []
-    start = session.train_epoch
+    start = own_epochs.train_epoch
 
     def stops_in_the_third_epoch(*args, after_step, **options):
         epochs.append(0)
@@ -307,7 +307,7 @@ def test_when_few_train_on_an_error_leaves_the_end_of_the_last_epoch(data, raise
 
     with pytest.warns(EnsembleWarning, match="member 0 "):
         train(calm, data, optim.Adam(calm, lr=[1e300, 1e300, 1e300, 0.1]), epochs=2)
-    monkeypatch.setattr(session, "train_epoch", stops_in_the_third_epoch)
+    monkeypatch.setattr(own_epochs, "train_epoch", stops_in_the_third_epoch)
     with pytest.warns(EnsembleWarning, match="member 0 "), pytest.raises(raised, match="stop"):
         train(wild, data, optim.Adam(wild, lr=[1e300, 1e300, 1e300, 0.1]), epochs=4)
     pairs = zip(wild.stacked_tensors().items(), calm.stacked_tensors().values(), strict=True)

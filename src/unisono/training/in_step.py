@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from unisono.collectives import place_of_flags
 from unisono.training.ranks import ElsewhereError
 
 _STEP, _END, _FAILURE = ((1, 0, 0), (0, 1, 0), (0, 0, 1))
@@ -36,9 +37,7 @@ class InStep:
     def __init__(self, group: ProcessGroup | None, num_marks: int = 0) -> None:
         self._group = group
         self._no_marks = [0] * num_marks
-        has_cpu = "cpu" in dist.get_backend_config(group)
-        # A flag on the host makes no rank wait for its accelerator.
-        self._device = "cpu" if has_cpu else torch.accelerator.current_accelerator()
+        self._device = place_of_flags(group)
 
     def next(self, marks: Sequence[bool] = ()) -> list[bool]:
         """One step more; for each mark whether any rank has set it.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -78,15 +79,8 @@ class Ranks:
         if self.is_alone:
             return [value]
         found: list[Any] = [None] * dist.get_world_size()
-        try:
+        with answers():
             dist.all_gather_object(found, (self.block.place, value))
-        except RuntimeError as error:
-            raise EnsembleError(
-                f"fit: rank {dist.get_rank()} has no answer from the others"
-                f" ({str(error).partition(chr(10))[0]}): one of them has ended or hangs, or it was"
-                f" slower by more than the timeout, which"
-                f" mesh=unisono.distributed.make_mesh(timeout=...) sets"
-            ) from error
         return [each for _, each in sorted(found, key=lambda pair: pair[0])]
 
     def first_replicas(self, found: Sequence[T]) -> Sequence[T]:
@@ -103,7 +97,7 @@ class Ranks:
         if self.is_alone:
             return work()
         done, error = _tried(work)
-        _raise_any(error, self.gather(_told(error)))
+        raise_any(error, self.gather(told(error)))
         return done[0]
 
     def collect(self, work: Callable[[], T]) -> list[T]:
@@ -111,14 +105,32 @@ class Ranks:
         if self.is_alone:
             return [work()]
         done, error = _tried(work)
-        found = self.gather((_told(error), done))
-        _raise_any(error, [text for text, _ in found])
+        found = self.gather((told(error), done))
+        raise_any(error, [text for text, _ in found])
         return [value for _, own in found for value in own]
 
 
 def alone(num_members: int) -> Ranks:
     """This process with all members."""
     return Ranks(Block(num_members, 0, num_members), range(num_members))
+
+
+@contextmanager
+def answers() -> Iterator[None]:
+    """Say what it means where a collective in here fails.
+
+    Raises:
+        EnsembleError: If a rank doesn't answer.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise EnsembleError(
+            f"fit: rank {dist.get_rank()} has no answer from the others"
+            f" ({str(error).partition(chr(10))[0]}): one of them has ended or hangs, or it was"
+            f" slower by more than the timeout, which"
+            f" mesh=unisono.distributed.make_mesh(timeout=...) sets"
+        ) from error
 
 
 def _tried(work: Callable[[], T]) -> tuple[list[T], Exception | None]:
@@ -129,7 +141,7 @@ def _tried(work: Callable[[], T]) -> tuple[list[T], Exception | None]:
         return [], error
 
 
-def _raise_any(error: Exception | None, texts: Sequence[str | None]) -> None:
+def raise_any(error: Exception | None, texts: Sequence[str | None]) -> None:
     """Raise this rank's error, or one that names what others have told."""
     if error is not None and not isinstance(error, ElsewhereError):
         raise error
@@ -139,7 +151,8 @@ def _raise_any(error: Exception | None, texts: Sequence[str | None]) -> None:
         raise EnsembleError(text) from error
 
 
-def _told(error: Exception | None) -> str | None:
+def told(error: Exception | None) -> str | None:
+    """An error as other ranks are told of it; None if there is none, or it came from them."""
     if isinstance(error, ElsewhereError):
         return str(error) or None
     return None if error is None else f"{type(error).__name__}: {error}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,17 +18,18 @@ from unisono.errors import EnsembleError, EnsembleWarning
 from unisono.optim import MemberOptimizer
 from unisono.rows import copy_rows
 from unisono.training.batches import Batches
-from unisono.training.gradients import same_buffers
 from unisono.training.history import Array, EpochRecord, History, Validation, make_history
+from unisono.training.own_epochs import OwnEpochs
 from unisono.training.progress import Progress
 from unisono.training.ranks import Ranks
 from unisono.training.running import Running, shared_tensors
 from unisono.training.schedule import EpochEnd, Schedule, member_rates
 from unisono.training.seeding import random_numbers_of
-from unisono.training.snapshot import Snapshot, finite_members
-from unisono.training.steps import Recipe, train_epoch
+from unisono.training.sent import Sent
+from unisono.training.snapshot import Snapshot
+from unisono.training.steps import Recipe
 from unisono.training.stopping import Stopping
-from unisono.training.trained import Trained, losses_of_all
+from unisono.training.trained import outcome_of_all
 from unisono.training.validation import Validator, validation_of
 
 
@@ -48,7 +48,7 @@ class Session:
         ranks: The ranks that train together.
         settings: What is the same on all ranks, and when the training is taken up again.
         held_out: What the sampling keeps from each member.
-        save: Called when an epoch is done.
+        save: Called when an epoch is done; None for nothing to be called.
         records: The epochs so far.
         computed: The members that the next epoch computes.
         best: The best weights of each member at home, where they are to be put back.
@@ -66,7 +66,7 @@ class Session:
     ranks: Ranks
     settings: Mapping[str, Any]
     held_out: Sequence[Array] = ()
-    save: Callable[[Session, Running], None] = lambda session, running: None
+    save: Callable[[Session, Running], None] | None = None
     records: list[EpochRecord] = field(default_factory=list)
     computed: list[int] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
@@ -81,6 +81,13 @@ class Session:
         steps = self.batches.num_steps
         shown = progress and self.ranks.is_first
         with Progress(epochs, done, steps, self.num_members, shown=shown) as bar:
+            own = OwnEpochs(
+                self.batches,
+                self.recipe,
+                self.schedule.seed,
+                after_step=self._after_step,
+                after_batch=bar.step,
+            )
             try:
                 for epoch in range(done, epochs):
                     if not self.stopping.running:
@@ -88,10 +95,11 @@ class Session:
                     self.computed = self._members_to_compute()
                     running.leave(self.computed, self.best)
                     self.held = running.held
-                    record = self._epoch(epoch, running, bar)
+                    record = self._epoch(epoch, running, own)
                     bar.epoch(epoch, record, len(self.stopping.running))
                     is_last = self._call_back(epoch, running)
-                    self.save(self, running)
+                    if self.save is not None:
+                        self.save(self, running)
                     if is_last:
                         break
             finally:
@@ -130,11 +138,11 @@ class Session:
             return now
         return train
 
-    def _epoch(self, epoch: int, running: Running, bar: Progress) -> EpochRecord:
-        start = time.perf_counter()
+    def _epoch(self, epoch: int, running: Running, own: OwnEpochs) -> EpochRecord:
+        start = time.perf_counter() - own.seconds_ahead
         device = next(self.ens.parameters()).device
         with random_numbers_of(self.schedule.seed, epoch, device):
-            losses, rates = self._train(epoch, running, bar)
+            losses, rates = self._train(epoch, running, own)
             validation = self._validate(running)
         if validation is not None:
             improved, stopping = self.stopping.update(epoch, validation.loss)
@@ -144,55 +152,43 @@ class Session:
         if self.schedule.schedulers and self.schedule.every == "epoch":
             self._step_schedulers(None if validation is None else validation.loss)
             running.take_hyperparameters()
-        record = EpochRecord(losses, rates, time.perf_counter() - start, validation)
+        seconds = time.perf_counter() - start - own.seconds_ahead
+        record = EpochRecord(losses, rates, seconds, validation)
         self.records.append(record)
         return record
 
-    def _train(self, epoch: int, running: Running, bar: Progress) -> tuple[Array, Array]:
+    def _train(self, epoch: int, running: Running, own: OwnEpochs) -> tuple[Array, Array]:
         """Losses and learning rates of an epoch; members that left the numbers are as before it."""
-        before = Snapshot(running.ens, running.optimizer)
-        own = member_rates(self.optimizer, len(self.ens))
         held = self.held[self.ranks.block.index]
-        mine = held, own[self.ranks.at_home(held)]  # the rank that holds a member has its rate
+        rates = member_rates(self.optimizer, len(self.ens))[self.ranks.at_home(held)]
+        width = max(map(len, self.held))
+        here = own.take(epoch, running, self.computed)
         try:
-            found = self.ranks.collect(lambda: (self._train_here(epoch, running, bar), mine))
-            here = [each for each, _ in found]
-            losses, finite = losses_of_all(epoch, here, self.ranks.block)
+            sent = Sent(self.ranks, here.trained.to_numbers(rates, width), here.error)
+            if self._is_plain(epoch) and own.may_go_ahead(here, running):
+                own.go_ahead(here, running, self.computed)
+            losses, finite, rates = outcome_of_all(epoch, sent.wait(), self.held, self.computed)
         except BaseException:
+            own.take_back()
             if not running.is_home:  # what is at home ends with an epoch
-                before.restore_all()
+                here.before.restore_all()
             raise
-        rates = np.empty(self.num_members)
-        for members, theirs in self.ranks.first_replicas([each for _, each in found]):
-            rates[members] = theirs
         frozen = [i for i in self.computed if self.stopping.reasons[i]]
         lost = [i for i in self.computed if not (finite[i] or i in frozen)]
         if lost:
-            self.ranks.together(lambda: self._drop(epoch, running, before, lost, losses))
+            own.take_back()
+            self.ranks.together(lambda: self._drop(epoch, running, here.before, lost, losses))
         if again := [k for k, i in enumerate(running.members) if i in lost or i in frozen]:
-            before.restore(again)
+            here.before.restore(again)
         losses[frozen] = np.nan
         return losses, rates
 
-    def _train_here(self, epoch: int, running: Running, bar: Progress) -> Trained:
-        """An epoch of this rank's share of the members."""
-        if running.is_idle:
-            if self.batches.generators:  # so that those of all ranks stand at the same place
-                deque(self.batches.epoch(epoch, self.computed[:1]), maxlen=0)
-            return Trained([], np.empty(0), np.empty(0, bool), None)
-        running.ens.train()
-        running.go_ahead()
-        mean, finite, rows = train_epoch(
-            running,
-            self.batches.epoch(epoch, running.members),
-            self.recipe,
-            after_step=lambda: self._after_step(running),
-            after_batch=bar.step,
-        )
-        same_buffers(running.ens, self.ranks.block)
-        finite &= finite_members(running.ens)
-        # The epoch's only reads from the device.
-        return Trained(running.members, mean.cpu().numpy(), finite.cpu().numpy(), rows)
+    def _is_plain(self, epoch: int) -> bool:
+        """Whether the next epoch begins with what this one leaves, whatever comes of it."""
+        schedule = self.schedule
+        is_watched = self.validator is not None or self.save is not None
+        changes = bool(schedule.schedulers or schedule.callbacks or any(self.stopping.reasons))
+        return not (is_watched or changes) and epoch + 1 < schedule.epochs
 
     def _validate(self, running: Running) -> Validation | None:
         validator = self.validator

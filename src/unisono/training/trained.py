@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from unisono.block import Block
 from unisono.errors import EnsembleError
 from unisono.training.history import Array
 
@@ -17,43 +16,63 @@ class Trained:
     """What came of an epoch on one rank.
 
     Args:
-        members: Those that trained there.
-        losses: Their mean losses; of replicas, each one's part of them.
+        losses: The mean losses of its members; of replicas, each one's part of them.
         finite: Whether losses and parameters are numbers.
         rows: How many rows each has seen; None if nobody trained.
 
     Shape:
-        - losses, finite: (n) for n members
+        - losses, finite: (n) for n members that train
     """
 
-    members: list[int]
     losses: Array
     finite: Array
     rows: int | None
 
+    def to_numbers(self, rates: Array, width: int) -> Array:
+        """As numbers, as many on all ranks.
 
-def losses_of_all(epoch: int, found: Sequence[Trained], block: Block) -> tuple[Array, Array]:
-    """Each member's mean loss, NaN if it didn't train, and whether all is numbers.
+        Args:
+            rates: The learning rates of the members whose rows are up to date on this rank.
+            width: How many members these are at most, on any rank.
+
+        Shape:
+            - rates: (m)
+            - returns: (1 + 3 width)
+        """
+        table = np.zeros((3, width))
+        for row, values in zip(table, (self.losses, self.finite, rates), strict=True):
+            row[: len(values)] = values
+        return np.append(-1.0 if self.rows is None else self.rows, table)
+
+
+def outcome_of_all(
+    epoch: int, found: Sequence[Array], held: Sequence[Sequence[int]], computed: Sequence[int]
+) -> tuple[Array, Array, Array]:
+    """Each member's mean loss, NaN if it didn't train; whether all is numbers; its learning rate.
 
     Args:
         epoch: Its number, for the message.
-        found: Of each rank, in the order of their places.
-        block: The place of this one.
+        found: What `Trained.to_numbers` gave on each rank, in the order of their places.
+        held: For each block the members whose rows are up to date there.
+        computed: The members that train.
 
     Raises:
         EnsembleError: If the ranks saw different numbers of rows; on all ranks alike.
 
     Shape:
-        - both: (N)
+        - all: (N)
     """
-    _check_rows(epoch, [each.rows for each in found])
-    losses = np.full(block.num_members, np.nan)
-    finite = np.ones(block.num_members, bool)
-    for start in range(0, len(found), block.num_replicas):
-        replicas = found[start : start + block.num_replicas]
-        losses[replicas[0].members] = sum(each.losses for each in replicas)
-        finite[replicas[0].members] = np.all([each.finite for each in replicas], axis=0)
-    return losses, finite
+    _check_rows(epoch, [None if own[0] < 0 else int(own[0]) for own in found])
+    n = sum(map(len, held))
+    losses, finite, rates = np.full(n, np.nan), np.ones(n, bool), np.empty(n)
+    train = frozenset(computed)
+    for replicas, here in zip(np.array_split(np.array(found), len(held)), held, strict=True):
+        tables = replicas[:, 1:].reshape(len(replicas), 3, -1)
+        members = [i for i in here if i in train]
+        losses[members] = tables[:, 0, : len(members)].sum(0)
+        finite[members] = tables[:, 1, : len(members)].all(0)
+        rates[list(here)] = tables[0, 2, : len(here)]
+    return losses, finite, rates
 
 
 def _check_rows(epoch: int, rows: Sequence[int | None]) -> None:
