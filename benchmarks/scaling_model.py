@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 FLOAT = 4  # bytes of a number
 COPIES = 4  # of the parameters: they, their gradients, and the two averages of Adam
-OF_EPOCH = 23  # bytes that `fit` sends for a member at the end of an epoch: losses, rates, flags
+OF_EPOCH = 24  # bytes that `fit` sends for a member at the end of an epoch: losses, rates, flags
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def step_seconds(
 ) -> float:
     """A step of `fit`, with a step's part of what ranks tell each other at the end of an epoch.
 
-    ``compute(n) + sum(gradients of n members) + gather(23 n bytes) / steps``, where n are the
+    ``compute(n) + sum(gradients of n members) + gather(24 n bytes) / steps``, where n are the
     members of the largest block. Replicas take parts of the minibatch; that this makes a step
     shorter is left out, so the sum is what a replica costs.
 
