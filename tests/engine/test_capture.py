@@ -773,7 +773,7 @@ def test_on_a_gpu():
 
 def test_a_capture_makes_the_plan_first(monkeypatch):
     times = {"fused, transposed": 1.0, "fused": 2.0, "loop": 3.0}
-    monkeypatch.setattr(measuring, "contest", lambda first, run: times)
+    monkeypatch.setattr(measuring, "contest", lambda first, run, handicaps: times)
     ens = ensemble(strategy="auto")
     x = torch.randn(5, 3)
     predict = ens.capture(x)
@@ -786,7 +786,7 @@ def test_a_capture_makes_the_plan_first(monkeypatch):
 
 def test_chunks_of_the_plan_are_recorded(monkeypatch):
     times = {"fused, 2 at a time, transposed": 1.0, "fused": 2.0, "loop": 3.0}
-    monkeypatch.setattr(measuring, "contest", lambda first, run: times)
+    monkeypatch.setattr(measuring, "contest", lambda first, run, handicaps: times)
     ens = ensemble(n=4, strategy="auto")
     x = torch.randn(5, 3)
     torch.testing.assert_close(ens.capture(x)(x), plain_call(ens, x))

@@ -59,6 +59,31 @@ def test_alone_it_wins_after_one_more_run() -> None:
     assert len(runs.taken) == 2
 
 
+def test_with_a_handicap_a_contestant_goes_on_only_if_it_wins_by_it() -> None:
+    times = {"fused": [1.0], "loop": [1.05], "chunks": [0.95]}
+    runs = Runs(times)
+    contest(runs.first, runs.run, {"chunks": 1.1})
+    assert [name for name, _ in runs.taken].count("chunks") == 1
+    runs = Runs(times | {"chunks": [0.8]})
+    assert next(iter(contest(runs.first, runs.run, {"chunks": 1.1}))) == "chunks"
+    assert [name for name, _ in runs.taken].count("chunks") > 3
+
+
+def test_close_contestants_run_on_until_they_are_told_apart() -> None:
+    runs = Runs({"loop": [50.0], "fused": [1.05], "vmap": [1.0]})
+    contest(runs.first, runs.run)
+    counts = [[name for name, _ in runs.taken].count(each) for each in ("fused", "vmap")]
+    assert counts == [13, 13]
+
+
+def test_a_small_budget_is_spent_on_the_best() -> None:
+    times = {"a": [1.0], "b": [1.01], "c": [1.02], "d": [1.03], "e": [1.04], "f": [1.05]}
+    runs = Runs(times)
+    contest(runs.first, runs.run)
+    counts = {each: [name for name, _ in runs.taken].count(each) for each in times}
+    assert counts == {"a": 3, "b": 3, "c": 2, "d": 1, "e": 1, "f": 1}
+
+
 @given(st.dictionaries(st.sampled_from("abcdefgh"), st.floats(0.01, 100.0), min_size=1))
 def test_the_budget_holds(times: dict[str, float]) -> None:
     runs = Runs({name: [time] for name, time in times.items()})

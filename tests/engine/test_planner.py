@@ -308,7 +308,9 @@ def test_deterministic_algorithms_take_no_measured_plan() -> None:
         ({"fused": 1.0, "loop": 3.0, "vmap": 2.0}, ("fused", None)),
         ({"fused": 3.0, "loop": 1.0, "vmap": 2.0}, ("loop", None)),
         ({"fused": 3.0, "loop": 2.0, "vmap": 1.0}, ("vmap", None)),
-        ({"fused": 1.02, "loop": 3.0, "vmap": 1.0}, ("fused", None)),  # a tie
+        ({"fused": 1.01, "loop": 3.0, "vmap": 1.0}, ("fused", None)),  # a tie
+        ({"fused": 1.02, "loop": 3.0, "vmap": 1.0}, ("vmap", None)),
+        ({"fused": 1.05, "loop": 3.0, "fused, 2 at a time": 1.0}, ("fused", None)),
         ({"fused": 3.0, "loop": 2.0, "fused, 2 at a time": 1.0}, ("fused", 2)),
     ],
 )
@@ -317,7 +319,9 @@ def test_the_fastest_is_chosen_and_run(
 ) -> None:
     monkeypatch.setattr(measuring, "formats_of", lambda _: ("contiguous",))
     monkeypatch.setattr(
-        measuring, "contest", lambda first, run: dict(sorted(times.items(), key=lambda i: i[1]))
+        measuring,
+        "contest",
+        lambda first, run, handicaps: dict(sorted(times.items(), key=lambda i: i[1])),
     )
     ens = small()
     x = torch.randn(8, 4)
@@ -331,7 +335,7 @@ def test_another_order_in_memory_only_where_the_parameters_are_free(
     monkeypatch: pytest.MonkeyPatch, free: bool
 ) -> None:
     times = {"fused, transposed": 1.0, "fused": 2.0, "loop": 3.0}
-    monkeypatch.setattr(measuring, "contest", lambda first, run: times)
+    monkeypatch.setattr(measuring, "contest", lambda first, run, handicaps: times)
     ens = small(shared=())
     x = torch.randn(8, 4)
     if not free:

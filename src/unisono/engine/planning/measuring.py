@@ -21,8 +21,12 @@ from unisono.engine.template import Template
 from unisono.engine.tree import leaves
 from unisono.errors import UnsupportedModelError
 
-# Ways whose times differ by no more than this factor count as equally fast.
-_TIE = 1.03
+# Ways whose times differ by no more than these factors count as equally fast: two ways to run, and
+# two orders of the parameters in memory, of which the second means to move them.
+_TIE, _TIE_OF_FORMATS = 1.015, 1.03
+# Chunks are for calls whose memory costs more than it has to, where they win by much. Elsewhere
+# they are the same ops in smaller pieces, as fast but for noise, and in training gradients to join.
+_HANDICAP_OF_CHUNKS = 1.1
 
 
 def why_not_measured(template: Template, call: Call) -> str:
@@ -75,8 +79,14 @@ def measure(
             if way.strategy == "fused" and way.memory_format == stored:
                 raise
             # A way that can't run this call is none; another one will do.
-    times = contest(first, seconds)
-    best = _choose(template, candidates, times, stored)
+    handicaps = {
+        name: _HANDICAP_OF_CHUNKS
+        for name, way in candidates.items()
+        if way.chunk_size is not None and way.chunk_size != chunk_size
+    }
+    times = contest(first, seconds, handicaps)
+    told = {name: time * handicaps.get(name, 1.0) for name, time in times.items()}
+    best = _choose(template, candidates, told, stored)
     plan = _plan(best, _reason(best, times, stored), op_by_op=op_by_op)
     return replace(plan, candidates=times)
 
@@ -145,13 +155,14 @@ def _choose(
     stored: MemoryFormat,
 ) -> Candidate:
     """The fastest; all members at once, and parameters as they are stored, where it's a tie."""
-    ranked = [candidates[name] for name in times]
+    ranked = [candidates[name] for name in sorted(times, key=times.__getitem__)]
     first = candidates[next(iter(candidates))]
     here = next(way for way in ranked if way.memory_format == stored)
     if times[first.name(stored)] <= _TIE * times[here.name(stored)]:
         here = first
     best = ranked[0]
-    if best.memory_format == stored or times[here.name(stored)] <= _TIE * times[best.name(stored)]:
+    tie = _TIE_OF_FORMATS * times[best.name(stored)]
+    if best.memory_format == stored or times[here.name(stored)] <= tie:
         return here
     return best if is_free(template, best.memory_format) else here
 
@@ -163,5 +174,7 @@ def _reason(best: Candidate, times: Mapping[str, float], stored: MemoryFormat) -
         for name in ("loop", "vmap")
         if name in times and name != chosen
     ]
-    text = "the fastest when the first call of this kind was timed"
+    fastest = min(times, key=times.__getitem__)
+    what = "the fastest" if chosen == fastest else f"about as fast as {fastest}, and simpler,"
+    text = f"{what} when the first call of this kind was timed"
     return f"{text}: {', '.join(others)}" if others else text
