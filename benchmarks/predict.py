@@ -4,7 +4,7 @@ Run from the root of the repository: ``python -m benchmarks.predict``, or ``make
 contender is timed its outputs are compared with the loop's, and its gradients where they are
 timed; one that can't run a case is a dash, with the reason below the table. All contenders take
 turns in every round, in changing order. A ratio is a quotient of medians. Where unisono is within a
-tenth of the faster of the loop and vmap, these three go on for more rounds, and all rounds count.
+tenth of the faster of the loop and vmap, these three go on for 20 seconds more; all rounds count.
 
 The threads are torch's; JAX has a pool of its own, as large as the machine has cores.
 """
@@ -30,6 +30,7 @@ from unisono.commands.machine import describe_machine
 
 RATIO = (contenders.LOOP, contenders.VMAP, contenders.UNISONO)
 CLOSE = 0.1  # of a speed-up to 1: nine rounds tell it to some percent, which is not enough here
+MANY = 1000  # rounds; as many as there is time for
 
 
 def main() -> None:
@@ -70,7 +71,7 @@ def run(scenario: Scenario, options: argparse.Namespace) -> table.Row:
     row = table.Row(scenario.name, {**out, **times})
     if abs(row.speed_up - 1) <= CLOSE:
         of_the_ratio = {name: ready[name] for name in RATIO if name in ready}
-        more = time_in_turns(of_the_ratio, rounds=options.rounds, seconds=options.close_seconds)
+        more = time_in_turns(of_the_ratio, rounds=MANY, seconds=options.close_seconds)
         for name, found in more.items():
             times[name].seconds += found.seconds
     if options.compile != "none":

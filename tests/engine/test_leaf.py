@@ -553,6 +553,40 @@ def test_relu_before_a_max_pool_runs_behind_it() -> None:
     assert order == ["aten::max_pool2d", "aten::relu_"] * 2
 
 
+@pytest.mark.parametrize("strategy", ["fused", "loop"])
+def test_relu_before_a_max_pool_runs_behind_it_in_training(strategy: str) -> None:
+    layers = (nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+    models = [chain(*layers)() for _ in range(3)]
+    ens = Ensemble(copy.deepcopy(models), strategy=strategy)  # type: ignore[arg-type]
+    # Of equal values, of zeros and of windows without a positive one, too.
+    x = torch.randn(2, 4, 12, 12, dtype=torch.float64).round().clamp(-2, 1)
+    x[0, :, :6, :6] = -1.0
+    with torch.profiler.profile() as profile:
+        outputs = ens(x)
+    outputs.square().sum().backward()
+    expected = torch.stack([model(x) for model in models])
+    expected.square().sum().backward()
+    torch.testing.assert_close(outputs, expected)
+    own = [dict(model.named_parameters()) for model in models]
+    for name, parameter in ens.members.named_parameters():
+        theirs = torch.stack([each[name].grad for each in own])
+        torch.testing.assert_close(parameter.grad, theirs)
+    names = [e.name for e in profile.events() if e.name in ("aten::relu", "aten::max_pool2d")]
+    assert names == ["aten::max_pool2d", "aten::relu"] * (1 if strategy == "fused" else 3)
+
+
+def test_relu_before_a_max_pool_gives_the_same_gradient_of_its_input_to_the_bit() -> None:
+    layers = (nn.Identity(), nn.ReLU(), nn.MaxPool2d(2))
+    for strategy in ("fused", "loop"):
+        ens = Ensemble([nn.Sequential(*layers) for _ in range(3)], strategy=strategy)
+        xs = torch.randn(3, *IMAGES).mul(2).round().requires_grad_()
+        xs.data[:, :, :, 0] = torch.tensor([0.0, -0.0, 1.0]).view(3, 1, 1, 1)
+        (found,) = torch.autograd.grad(ens(per_member(xs)).square().sum(), xs)
+        plain = torch.stack([F.max_pool2d(x.relu(), 2) for x in xs])
+        (expected,) = torch.autograd.grad(plain.square().sum(), xs)
+        assert torch.equal(found, expected)
+
+
 def test_what_a_user_asked_to_be_overwritten_is() -> None:
     models = [nn.Sequential(nn.Identity(), nn.ReLU(inplace=True), nn.MaxPool2d(2)) for _ in "abc"]
     xs = torch.randn(3, *IMAGES)

@@ -273,3 +273,42 @@ def test_autocast_casts_what_it_casts_in_a_member(make: Any) -> None:
 def test_parameters_of_another_type_leave_the_type_of_the_output() -> None:
     ens = Ensemble([nn.LayerNorm(8) for _ in range(N)], strategy="fused")
     assert ens(torch.randn(4, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+class Strides(TorchDispatchMode):
+    """The strides of the gradients that reach ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ == "threshold_backward":
+            self.found.append(args[0].stride())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_the_gradient_of_a_mean_over_all_positions_has_no_order_of_its_own(dims: int) -> None:
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    pool = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[dims - 1]
+
+    def make() -> nn.Module:
+        return nn.Sequential(conv(2, 4, 3), nn.Identity(), nn.ReLU(), pool(1), nn.Flatten())
+
+    ens, members = build(make, training=True)
+    x = torch.randn(3, 2, *[7] * dims, dtype=torch.float64)
+    with Strides() as seen:
+        ens(x).square().sum().backward()
+    assert [stride[-dims:] for stride in seen.found] == [(0,) * dims]
+    plain = [F.relu(member[0](x)).flatten(2).mean(-1) for member in members]
+    torch.stack(plain).square().sum().backward()
+    weights = torch.stack([member[0].weight.grad for member in members])
+    torch.testing.assert_close(ens.members.get_parameter("0.weight").grad, weights)
+
+
+def test_a_mean_of_halves_is_torchs_own() -> None:
+    # Their sum is out of range: 64 * 2048 > 65504.
+    ens = Ensemble([nn.AdaptiveAvgPool2d(1) for _ in range(N)], strategy="fused")
+    x = torch.full((2, 3, 8, 8), 2048.0, dtype=torch.float16, requires_grad=True)
+    assert torch.equal(ens(x), torch.full((N, 2, 3, 1, 1), 2048.0, dtype=torch.float16))

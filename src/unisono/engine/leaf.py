@@ -166,6 +166,10 @@ def _flat(modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
             yield module
 
 
+def _is_plain_pool(step: Step) -> bool:
+    return not getattr(step.module, "return_indices", False)
+
+
 class Chain:
     """Layers behind each other, of which all but an activation may be the first."""
 
@@ -176,7 +180,7 @@ class Chain:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The layers one after another."""
-        if type(x) is Tensor and not torch.is_grad_enabled() and is_outside():
+        if type(x) is Tensor and is_outside():
             return self._of_one_member(x)
         k = 0
         while k < len(self._steps):
@@ -188,13 +192,25 @@ class Chain:
         return x
 
     def _of_one_member(self, x: Tensor) -> Tensor:
+        grad = torch.is_grad_enabled()
         is_own = False
-        for module, _, activation, is_view, *_ in self._steps:
-            if activation is not None and is_own:
+        k, steps = 0, self._steps
+        while k < len(steps):
+            module, _, activation, is_view, _, with_next = steps[k]
+            if activation is None:
+                x = module(x)
+                is_own = is_own or not is_view
+            elif is_own and not grad:
                 x = activation.in_place(x)
-                continue
-            x = module(x)
-            is_own = not activation.overwrites if activation is not None else is_own or not is_view
+            elif (
+                with_next is not None and not activation.overwrites and _is_plain_pool(steps[k + 1])
+            ):
+                x = activation.out_of_place(steps[k + 1].module(x))
+                is_own, k = True, k + 1
+            else:
+                x = module(x)
+                is_own = not activation.overwrites
+            k += 1
         return x
 
     def run(self, x: Tensor, first: int) -> tuple[Tensor, int] | None:
@@ -219,7 +235,7 @@ class Chain:
         while k < len(steps):
             _, run, activation, is_view, makes_product, with_next = steps[k]
             writes_to_given = activation is not None and activation.overwrites and not is_own
-            if with_next is not None and not grad and not writes_to_given:
+            if with_next is not None and not writes_to_given:
                 result = with_next(n, x, look)
                 if result is not None:
                     x, is_own, is_product, k = result, True, False, k + 2

@@ -1,4 +1,4 @@
-"""Two layers that do in one pass what took two, to be used where there are no gradients."""
+"""Two layers that together do less than one after the other."""
 
 from __future__ import annotations
 
@@ -44,7 +44,12 @@ def _conv_and_norm(convolution: Any, norm: Any) -> Run:
     of_norm: Any = parameters_of(norm)
 
     def run(n: int, x: Operand, look: Look) -> Operand | None:
-        if norm.training or norm.running_mean is None or norm.running_var is None:
+        if (
+            torch.is_grad_enabled()
+            or norm.training
+            or norm.running_mean is None
+            or norm.running_var is None
+        ):
             return None
         w, dim = look(own["weight"])
         spatial = w.dim() - 3
@@ -77,10 +82,17 @@ def _conv_and_norm(convolution: Any, norm: Any) -> Run:
 
 
 def _pool_and_relu(pool: Step) -> Run:
-    """``relu`` keeps the order, so its largest result is that of the largest, to the bit."""
+    """``relu`` keeps the order, so its largest result is that of the largest, to the bit.
+
+    So are the gradients: of a window without a positive value they are zero either way.
+    """
 
     def run(n: int, x: Operand, look: Look) -> Operand | None:
         found = None if pool.run is None else pool.run(n, x, look)
-        return None if found is None else (torch.relu_(found[0]), found[1])
+        if found is None:
+            return None
+        # The result of the pool may be a view, and with gradients those are copied to be written.
+        relu = torch.relu if torch.is_grad_enabled() else torch.relu_
+        return relu(found[0]), found[1]
 
     return run

@@ -34,7 +34,7 @@ class Step(NamedTuple):
         activation: What it does to each element, None otherwise.
         is_view: Whether its result may lie in the memory of its input.
         is_product: Whether its result is a product of matrices, which backward doesn't need.
-        with_next: What it and the next layer do in one, where there are no gradients.
+        with_next: What it and the next layer do together.
     """
 
     module: nn.Module
