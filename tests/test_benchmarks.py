@@ -70,7 +70,7 @@ def test_unisono_and_the_loop_are_timed_in_every_case(scenario, monkeypatch):
     )
     times = predict.run(scenario, OPTIONS).times
     assert {name: found.reason for name, found in times.items()} == {LOOP: "", UNISONO: ""}
-    assert {len(found.seconds) for found in times.values()} in ({1}, {2})  # 2 if they are close
+    assert {len(found.seconds) for found in times.values()} in ({1}, {2}, {3})  # more if close
 
 
 def test_names_of_scenarios_are_unique():
@@ -153,7 +153,7 @@ def test_the_order_changes():
 
 
 @pytest.mark.parametrize(
-    ("median", "rounds"), [(0.85, 1), (0.95, 3), (1.0, 3), (1.08, 3), (1.2, 1)]
+    ("median", "rounds"), [(0.85, 1), (0.93, 3), (0.96, 6), (1.0, 6), (1.08, 3), (1.2, 1)]
 )
 def test_close_ones_have_more_rounds_that_all_count(median, rounds, monkeypatch):
     seconds = {LOOP: 1.0, VMAP: 2.0, UNISONO: median, contenders.CAPTURE: 0.5}
@@ -171,7 +171,8 @@ def test_close_ones_have_more_rounds_that_all_count(median, rounds, monkeypatch)
         **dict.fromkeys((LOOP, VMAP, UNISONO), rounds),
         contenders.CAPTURE: 1,
     }
-    assert turns == [list(seconds), [LOOP, VMAP, UNISONO]][: 1 if rounds == 1 else 2]
+    close = [LOOP, VMAP, UNISONO]
+    assert turns == [list(seconds), close, close][: {1: 1, 3: 2, 6: 3}[rounds]]
 
 
 def test_the_verdict_names_the_worst_case():
