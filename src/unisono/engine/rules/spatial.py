@@ -109,7 +109,7 @@ def _mean(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
 
     Torch divides the gradient of a mean after it has expanded it to all positions. That makes it a
     dense tensor, in which the channels lie outside; what is in channels-last before the pool then
-    reads it element by element, ten times as slowly.
+    has to read it element by element.
     """
     positions = x.shape[x.dim() - len(size) :]
     total = x.sum(tuple(range(-len(size), 0)), keepdim=True)
