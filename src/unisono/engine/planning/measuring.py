@@ -175,6 +175,10 @@ def _reason(best: Candidate, times: Mapping[str, float], stored: MemoryFormat) -
         if name in times and name != chosen
     ]
     fastest = min(times, key=times.__getitem__)
-    what = "the fastest" if chosen == fastest else f"about as fast as {fastest}, and simpler,"
+    what = "the fastest"
+    if times[chosen] > _HANDICAP_OF_CHUNKS * times[fastest]:
+        what = "the fastest that leaves the parameters where they are, since others hold them,"
+    elif chosen != fastest:
+        what = f"about as fast as {fastest}, and simpler,"
     text = f"{what} when the first call of this kind was timed"
     return f"{text}: {', '.join(others)}" if others else text
