@@ -52,7 +52,7 @@ def main() -> None:
     """Compare, time, print a table; or be one of the processes."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.two_processes", description=__doc__)
     parser.add_argument("--only", default="", choices=["", *CASES])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--epochs", type=int, help="10 or 20 if it isn't given")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)  # case, dtype, folder
     options = parser.parse_args()
