@@ -4,8 +4,8 @@ Run from the root of the repository: ``python -m benchmarks.predict``, or ``make
 contender is timed its outputs are compared with the loop's, and its gradients where they are
 timed; one that can't run a case is a dash, with the reason below the table. All contenders take
 turns in every round, in changing order. A ratio is a quotient of medians. Where unisono is within a
-tenth of the faster of the loop and vmap, these three go on for 20 seconds, and for 40 more where it
-is a twentieth; all rounds count.
+tenth of the faster of the loop and vmap, these and `capture` go on for 20 seconds, and for 40 more
+where it is a twentieth; all rounds count.
 
 The threads are torch's; JAX has a pool of its own, as large as the machine has cores.
 """
@@ -29,7 +29,7 @@ from benchmarks.jax_mlp import jax_mlp
 from benchmarks.measure import peak_memory, prepare, time_in_turns
 from unisono.commands.machine import describe_machine
 
-RATIO = (contenders.LOOP, contenders.VMAP, contenders.UNISONO)
+RATIO = (contenders.LOOP, contenders.VMAP, contenders.UNISONO, contenders.CAPTURE)
 # How near to 1 a speed-up is told more exactly, in how many times ``--close-seconds``: the first
 # rounds tell it to some percent, which is not enough there.
 CLOSE = ((0.1, 1), (0.05, 2))
