@@ -8,9 +8,10 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
-from checks_fit import OPTIONS, N, Training, _warns, assert_same, network, same, x, y
+from checks_fit import OPTIONS, N, Training, _warns, assert_same, folder_of_all, network, same, x, y
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from one_process import equal, refused
 from unisono import Ensemble, EnsembleError, distributed, fit, optim
@@ -57,16 +58,18 @@ def every_epoch_but_the_first_is_computed_ahead(mesh):
 
 
 def no_epoch_is_ahead_of_what_others_have_to_say(mesh):
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x[:60], y[:60]), 16)
+    step = torch.optim.lr_scheduler.StepLR
+    loader = DataLoader(TensorDataset(x[:60], y[:60]), batch_size=16)
+    quiet = {name: value for name, value in PLAIN.items() if name != "scheduler"}
     for options in (
-        {"validation": OPTIONS["validation"]},
-        {"callbacks": [lambda end: None]},
-        {"scheduler": [], "schedule": None, "train": loader, "batch_size": None},
-        {"validation": OPTIONS["validation"], "schedule": lambda adam: plateau(adam)},
+        {**PLAIN, "validation": OPTIONS["validation"]},
+        {**PLAIN, "callbacks": [lambda end: None]},
+        {**PLAIN, "train": loader, "batch_size": None},
+        {**PLAIN, "checkpoint": f"{folder_of_all()}/training"},
+        {**quiet, "schedule": lambda adam: step(adam, 2)},
     ):
         with counted() as found:
-            Training(mesh, **{**PLAIN, "epochs": 3, **options})
+            Training(mesh, epochs=3, **options)
         assert found == {"ahead": 0, "back": 0}, (options, found)
     with counted() as found:
         same(None, epochs=2, **PLAIN)
