@@ -15,6 +15,7 @@ from benchmarks import (
     epoch_contenders,
     measure,
     predict,
+    recurrent,
     table,
     train,
     train_contenders,
@@ -287,3 +288,25 @@ def test_a_convolution_that_differs_is_not_timed(monkeypatch):
     monkeypatch.setattr(convolutions, "contenders", broken)
     with pytest.raises(AssertionError, match="outputs differ"):
         convolutions.row(convolutions.LAYERS[0], False, rounds=1, seconds=0)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "training"])
+@pytest.mark.parametrize("kind", recurrent.KINDS)
+def test_recurrent_layers_are_those_of_the_loop(kind, backward):
+    found = recurrent.row(recurrent.scenario(kind, 4, 2, 3, 5, backward), rounds=1, seconds=0)
+    assert found.startswith(f"| 4 x {kind} 3-5, T 20, B 2 | ")
+    *_, loop, ours, ratio = found.strip(" |").split(" | ")
+    assert float(loop) / float(ours) == pytest.approx(float(ratio), rel=0.05)
+
+
+def test_recurrent_layers_that_differ_are_not_timed(monkeypatch):
+    make = recurrent.contenders.unisono
+
+    def broken(*args):
+        found = make(*args)
+        found.outputs = lambda outputs: outputs + 1
+        return found
+
+    monkeypatch.setattr(recurrent.contenders, "unisono", broken)
+    with pytest.raises(AssertionError, match="outputs differ"):
+        recurrent.row(recurrent.scenario("GRU", 4, 2, 3, 5, False), rounds=1, seconds=0)

@@ -105,6 +105,9 @@ RULE: dict[str, Entry] = {
     **_by_dims("BatchNorm", 2),
     **_by_dims("InstanceNorm", 2, affine=True),
     "SyncBatchNorm": entry(nn.SyncBatchNorm, 2, x=(3, 2, 6), random=True),  # needs CUDA to train
+    "LSTM": entry(nn.LSTM, 3, 4, x=(5, 2, 3)),
+    "GRU": entry(nn.GRU, 3, 4, x=(5, 2, 3)),
+    "RNN": entry(nn.RNN, 3, 4, x=(5, 2, 3)),
     "GroupNorm": entry(nn.GroupNorm, 2, 4, x=(3, 4, 6)),
     "LayerNorm": entry(nn.LayerNorm, 5, x=(3, 5)),
     "RMSNorm": entry(nn.RMSNorm, 5, x=(3, 5)),
@@ -194,9 +197,6 @@ TORCH: dict[str, Entry] = {
 
 ONE_BY_ONE: dict[str, Entry] = {
     **_elementwise("RReLU", random=True),
-    "LSTM": entry(nn.LSTM, 3, 4, x=(5, 2, 3)),
-    "GRU": entry(nn.GRU, 3, 4, x=(5, 2, 3)),
-    "RNN": entry(nn.RNN, 3, 4, x=(5, 2, 3)),
     "LSTMCell": entry(nn.LSTMCell, 3, 4, x=(2, 3)),
     "GRUCell": entry(nn.GRUCell, 3, 4, x=(2, 3)),
     "RNNCell": entry(nn.RNNCell, 3, 4, x=(2, 3)),
@@ -249,6 +249,7 @@ OPTIONS: dict[str, dict[str, Entry]] = {
     "a rule of unisono": {
         "Conv2d-same": entry(nn.Conv2d, 2, 3, 3, padding="same", dilation=2, x=(3, 2, 6, 6)),
         "Conv2d-depthwise": entry(nn.Conv2d, 4, 8, 3, groups=4, x=(3, 4, 6, 6)),
+        "LSTM-bidirectional": entry(nn.LSTM, 3, 4, 2, bidirectional=True, x=(5, 2, 3)),
         "ConvTranspose2d-large": entry(nn.ConvTranspose2d, 8, 32, 3, x=(4, 8, 32, 32)),
     },
     "PyTorch's batching rules": {"L1Loss-sum": entry(nn.L1Loss, reduction="sum", x=((3,), (3,)))},
@@ -257,7 +258,7 @@ OPTIONS: dict[str, dict[str, Entry]] = {
         "EmbeddingBag-padding_idx": entry(
             nn.EmbeddingBag, 7, 3, padding_idx=0, x=lambda: _labels(7, 3, 4)
         ),
-        "LSTM-bidirectional": entry(nn.LSTM, 3, 4, 2, bidirectional=True, x=(5, 2, 3)),
+        "LSTMCell-unbatched": entry(nn.LSTMCell, 3, 4, x=(3,)),
     },
 }
 
@@ -477,9 +478,12 @@ way it took, and writes this page.
   all members.
 - **PyTorch's batching rules**: what `torch.vmap` does.
 - **That op member by member**: PyTorch has no batching rule for it. The rest of the model still
-  runs at once. On a CPU that is also the fastest way to run recurrent layers.
+  runs at once.
 - **The loop, after a warning**: it can't run for all members at once. `strategy="auto"` runs it for
   one member after another, and says so once unless that is what it had chosen anyway.
+
+On a CPU, `LSTM`, `GRU` and `RNN` take each step for all members at once where many are small.
+Others run one after another as PyTorch runs them ([why](design-notes.md#recurrent-layers)).
 
 Classes of other packages, and your own, run by the ops that they call. Some options change the way:
 `Embedding(max_norm=...)` and `EmbeddingBag(padding_idx=...)` run member by member, and

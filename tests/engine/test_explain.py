@@ -17,7 +17,7 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(10, 8)
-        self.rnn = nn.LSTM(8, 8, batch_first=True)
+        self.rnn = nn.LSTM(8, 8, batch_first=True, num_layers=2, dropout=0.5)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         self.head = nn.Sequential(nn.Linear(8, 4), nn.Tanh())
 
@@ -39,7 +39,7 @@ def test_fused_each_op_with_its_place_and_how_it_ran() -> None:
     plan = Ensemble([Net() for _ in range(3)], strategy="fused").explain(IDS)
     found = ops(plan)
     assert found["embed", "embedding"] == ("rule", "embedding")
-    assert found["rnn", "lstm"] == ("member", "")
+    assert found["rnn", "lstm"] == ("member", "")  # each member draws for itself
     assert found["attention", "linear"] == ("rule", "linear")
     assert found["attention", "scaled_dot_product_attention"] == ("rule", "attention")
     assert found["", "mean"] == ("torch", "")
@@ -48,6 +48,11 @@ def test_fused_each_op_with_its_place_and_how_it_ran() -> None:
     assert list(dict.fromkeys(op.path for op in plan.ops)) == [
         "embed", "rnn", "attention", "", "head.0", "head.1"
     ]  # fmt: skip
+
+
+def test_a_recurrent_layer_that_draws_nothing_has_a_rule() -> None:
+    plan = Ensemble([Net().eval() for _ in range(3)], strategy="fused").explain(IDS)
+    assert ops(plan)["rnn", "lstm"] == ("rule", "lstm")
 
 
 @pytest.mark.parametrize("strategy", ["fused", "vmap", "loop"])

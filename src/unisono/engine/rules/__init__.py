@@ -22,6 +22,7 @@ from unisono.engine.rules.linear import linear
 from unisono.engine.rules.loss import cross_entropy, nll
 from unisono.engine.rules.native_attention import encoder_layer, native_attention
 from unisono.engine.rules.norm import batch_norm, group_norm, instance_norm
+from unisono.engine.rules.recurrent import RECURRENT, recurrent
 from unisono.engine.rules.reduced_loss import REDUCED_LOSSES, reduced_loss
 from unisono.engine.rules.spatial import POOLING, UPSAMPLING, cat, pad, spatial
 
@@ -51,6 +52,7 @@ RULES: Final[Mapping[str, tuple[Rule, int]]] = {
     "_transformer_encoder_layer_fwd": (encoder_layer, 19),
     **{op: (reduced_loss(op), max(5, count)) for op, count in REDUCED_LOSSES.items()},
     **{op: (spatial(op), 1) for op in (*POOLING, *UPSAMPLING)},
+    **{op: (recurrent(op), 3) for op in RECURRENT},
     "pad": (pad, 1),
     "cat": (cat, 1),
 }

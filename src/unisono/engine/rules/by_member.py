@@ -2,7 +2,7 @@
 
 Torch would loop over the members, too, with a warning, or refuse: it can't loop over ops that take
 a list of tensors, nor over ``rrelu``. Where there is a rule for such an op, this is for what the
-rule leaves over. On a CPU it is also the fastest way to run an LSTM.
+rule leaves over.
 
 The list is complete for the torch it was made with, and a test says so for the installed one. Left
 out are views, ops that write into an ``out=``, backward ops (autograd sits below the member axis),
