@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -113,6 +113,17 @@ def test_members_that_have_no_part_in_the_loss() -> None:
     assert gradient.flatten(1).abs().sum(1).ne(0).tolist() == [False, True, False, False]
 
 
+def test_members_without_a_part_have_none_in_memory_that_was_used_before() -> None:
+    ens = make()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    step(ens, x)  # leaves memory behind in which all members have a gradient
+    ens.zero_grad()
+    ens(x)[1].sum().backward()
+    gradient = ens.members.weight.grad
+    assert isinstance(gradient, Tensor)
+    assert [bool(row.any()) for row in gradient] == [False, True, False, False]
+
+
 def test_gradients_arrive_in_the_order_of_the_parameter() -> None:
     models = [nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last) for _ in range(3)]
     ens = Ensemble(models, strategy="loop")
@@ -189,6 +200,80 @@ def test_threads_never_write_to_one_memory() -> None:
 
     oracles.in_threads(work, 8)
     assert not wrong
+
+
+class Told(nn.Module):
+    """Says when the backward of a member begins."""
+
+    events: ClassVar[list[tuple[str, int]]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 2).double()
+        self.register_buffer("number", torch.tensor(0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        number = int(self.number)
+        y.register_hook(lambda _: Told.events.append(("backward", number)))
+        return y
+
+
+def test_a_gradient_is_copied_as_soon_as_its_member_is_done(monkeypatch) -> None:
+    models = [Told() for _ in range(3)]
+    monkeypatch.setattr(Told, "events", events := [])
+    for i, model in enumerate(models):
+        model.number.fill_(i)
+    write = joining._Joint.write
+
+    def told(joint: Any, i: int, gradient: Tensor | None) -> Tensor:
+        place = write(joint, i, gradient)
+        if gradient is not None and gradient.data_ptr() != place.data_ptr():
+            events.append(("copy", i))
+        return place
+
+    monkeypatch.setattr(joining._Joint, "write", told)
+    Ensemble(models, strategy="loop")(torch.ones(5, 3).double()).sum().backward()
+    # Of weight and bias, and none a second time when all are done.
+    assert events == [(what, i) for i in (2, 1, 0) for what in ("backward", "copy", "copy")]
+
+
+def test_threads_may_go_back_through_one_call() -> None:
+    ens = make()
+    outputs = ens(torch.randn(5, 3, dtype=torch.float64))
+    factors = [torch.randn_like(outputs) for _ in range(8)]
+
+    def gradient(k: int) -> Tensor:
+        total = (outputs * factors[k]).sum()
+        return torch.autograd.grad(total, ens.members.weight, retain_graph=True)[0]
+
+    wanted = [gradient(k) for k in range(8)]
+    wrong = []
+
+    def work(k: int) -> None:
+        wrong.extend(k for _ in range(50) if not torch.equal(gradient(k), wanted[k]))
+
+    oracles.in_threads(work, 8)
+    assert not wrong
+
+
+def test_a_pass_after_one_that_was_broken_off() -> None:
+    ens = make()
+    outputs = ens(torch.randn(5, 3, dtype=torch.float64))
+    wanted = torch.autograd.grad(outputs[:2].sum(), ens.members.weight, retain_graph=True)[0]
+
+    def refuse(gradient: Tensor) -> None:
+        raise RuntimeError("not this one")
+
+    rows = outputs * torch.ones_like(outputs).cumsum(0)
+    first = rows[0] * 1  # goes back last, when the other members are done
+    handle = first.register_hook(refuse)
+    with pytest.raises(RuntimeError, match="not this one"):
+        torch.autograd.grad(first.sum() + rows[1:].sum(), ens.members.weight, retain_graph=True)
+    handle.remove()
+    found = torch.autograd.grad(outputs[:2].sum(), ens.members.weight)[0]
+    torch.testing.assert_close(found, wanted)
+    assert not found[2:].any()
 
 
 def test_memory_is_somebodys_before_another_thread_can_find_it() -> None:

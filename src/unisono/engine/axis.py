@@ -275,6 +275,12 @@ def has_tangents() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
+def backward_pass() -> int:
+    """A number for the pass backwards in which this thread is."""
+    number: int = torch._C._current_graph_task_id()
+    return number
+
+
 def is_unheld(tensor: Tensor) -> bool:
     """Whether no other tensor, view, array or storage object has the memory of this one."""
     storage = tensor.untyped_storage()

@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unisono.engine.axis import is_observed, is_unheld
+from unisono.engine.axis import backward_pass, is_observed, is_unheld
 
 _SMALLEST: Final = 1 << 20  # bytes; what is smaller the C library keeps itself
 
@@ -104,34 +104,102 @@ def members_of(parameter: Tensor, name: str, rooms: Rooms) -> Sequence[Tensor]:
     )
     if not is_worth_it:
         return parameter.unbind()
-    members: Sequence[Tensor] = _Members.apply(parameter, name, rooms)  # type: ignore[no-untyped-call]
-    return members
+    return _Rows(parameter, Home(name, rooms))
+
+
+class _Rows(Sequence[Tensor]):
+    """A parameter cut by member, whose gradients meet in one memory.
+
+    Member i's part is made when it is asked for, before the member runs. Autograd goes backwards
+    in time, so its gradient is copied when that member is done, not when all are: while it is in
+    the cache, and the memory it had is there for the next member's.
+    """
+
+    def __init__(self, parameter: Tensor, home: Home) -> None:
+        self._joint = _Joint(parameter.detach(), home)
+        self._views: Sequence[Tensor] = _Members.apply(  # type: ignore[no-untyped-call]
+            parameter, self._joint
+        )
+        self._rows: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def __getitem__(self, i: Any) -> Any:
+        if i not in self._rows:
+            row = _Row.apply(self._views[i], i, self._joint)  # type: ignore[no-untyped-call]
+            self._rows[i] = row
+        return self._rows[i]
+
+
+class _Joint:
+    """The memory in which the gradients of one call's members meet, in each pass backwards."""
+
+    def __init__(self, like: Tensor, home: Home) -> None:
+        self.like = like
+        self.home = home
+        self._rooms: dict[int, tuple[Tensor, Sequence[Tensor]]] = {}  # threads may pass at once
+
+    def write(self, i: int, gradient: Tensor | None) -> Tensor:
+        """Copy member i's gradient to its place, unless it lies there; the place."""
+        current = backward_pass()
+        if current not in self._rooms:
+            room = self.home.room_for(self.like)
+            self._rooms[current] = room, room.unbind()
+        row = self._rooms[current][1][i]
+        if gradient is None:
+            row.zero_()
+        elif gradient.data_ptr() != row.data_ptr() or gradient.stride() != row.stride():
+            row.copy_(gradient)
+        return row
+
+    def finish(self) -> Tensor:
+        """The gradient of all members."""
+        room, _ = self._rooms.pop(backward_pass())
+        return self.home.keep(room)
 
 
 class _Members(torch.autograd.Function):
     """`Tensor.unbind` with another backward: ``grad[i] = grads[i]`` in memory that was kept."""
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, name: str, rooms: Rooms) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, parameter: Tensor, joint: _Joint) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.like = parameter.detach()
-        ctx.name, ctx.rooms = name, rooms
+        ctx.joint = joint
         return tuple(parameter.unbind())
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, name: None, rooms: None) -> tuple[Tensor, ...]:
+    def jvp(ctx: Any, tangent: Tensor, joint: None) -> tuple[Tensor, ...]:
         return tuple(tangent.unbind())
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
-        like = ctx.like
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        joint = ctx.joint
         if torch.is_grad_enabled():  # this gradient will itself be differentiated
-            return torch.stack([_or_zero(g, like[0]) for g in grads]), None, None
-        home = Home(ctx.name, ctx.rooms)
-        room = home.room_for(like)
-        for row, gradient in zip(room.unbind(), grads, strict=True):
-            row.zero_() if gradient is None else row.copy_(gradient)
-        return home.keep(room), None, None
+            return torch.stack([_or_zero(g, joint.like[0]) for g in grads]), None
+        for i, gradient in enumerate(grads):
+            joint.write(i, gradient)
+        return joint.finish(), None
+
+
+class _Row(torch.autograd.Function):
+    """One member's part, as it is; its gradient is copied to where those of all members meet."""
+
+    @staticmethod
+    def forward(ctx: Any, view: Tensor, i: int, joint: _Joint) -> Tensor:
+        ctx.i, ctx.joint = i, joint
+        return view.view_as(view)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, i: None, joint: None) -> Tensor:
+        return tangent.view_as(tangent)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        if torch.is_grad_enabled():
+            return gradient, None, None
+        row: Tensor = ctx.joint.write(ctx.i, gradient)
+        return row, None, None
 
 
 def _fits(room: Tensor, like: Tensor) -> bool:
