@@ -57,6 +57,10 @@ def check_equal(ens: Ensemble, models: list[nn.Module], x: Tensor) -> None:
 
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "transposed, with a margin of a position": (
+        lambda: nn.ConvTranspose2d(3, 4, 3, dilation=2, output_padding=1),
+        (3, 4, 5),
+    ),
     "plain": (lambda: nn.Conv2d(3, 4, 3), (3, 6, 5)),
     "without bias": (lambda: nn.Conv2d(3, 4, 3, bias=False), (3, 6, 5)),
     "padded": (lambda: nn.Conv2d(3, 4, 3, padding=1), (3, 4, 4)),
@@ -321,3 +325,20 @@ def test_a_large_minibatch_is_convolved(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch, "bmm", lambda *args: pytest.fail("a product"))
     ens, models = build(lambda: nn.Conv2d(3, 4, 1, bias=False))
     check_equal(ens, models, drawn(N, B, 3, 4, 5))
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_a_capture_has_the_product_too(large: None, monkeypatch: Any, padding: int) -> None:
+    monkeypatch.setattr(conv_separate, "_HEAVY", 0)
+    ens, models = build(lambda: nn.Conv2d(3, 4, 3, padding=padding, dilation=2, stride=2))
+    x = drawn(2, N, B, 3, 7, 7)
+    with torch.no_grad():
+        program = ens.capture(per_member(x[0]))
+        assert "baddbmm" in program.code
+        assert "convolution" not in program.code
+        for model in models:
+            model.weight.mul_(1.5)
+        ens.members.weight.mul_(1.5)
+        # This one lies behind the other in memory.
+        wanted = [model(own) for model, own in zip(models, x[1], strict=True)]
+        torch.testing.assert_close(program(per_member(x[1])), torch.stack(wanted))

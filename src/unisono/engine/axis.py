@@ -264,10 +264,15 @@ def is_observed() -> bool:
     may run there that isn't part of the call itself.
     """
     return (
-        ft.maybe_current_level() is not None
+        is_transformed()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     )
+
+
+def is_transformed() -> bool:
+    """Whether this thread runs inside a transform."""
+    return ft.maybe_current_level() is not None
 
 
 def has_tangents() -> bool:

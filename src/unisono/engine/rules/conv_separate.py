@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unisono.engine.axis import has_tangents, is_observed
+from unisono.engine.axis import has_tangents, is_observed, is_transformed
 from unisono.engine.joining import home_of
 from unisono.engine.rules.layout import batch_lies_outside
 
@@ -61,12 +61,15 @@ def separate(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry)
         or weight.dtype != x.dtype
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
-        or is_observed()
+        or torch.compiler.is_exporting()  # the size of a batch may not be fixed
+        or is_transformed()
         or has_tangents()
     ):
         return None
     tensors = [x, weight] if bias is None else [x, weight, bias]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        if is_observed():
+            return None
         found: Tensor = _Separate.apply(x, weight, bias, geometry)  # type: ignore[no-untyped-call]
         return found
     return _as_product(x, weight, bias, geometry) if _is_heavy(x, weight, geometry) else None
@@ -205,17 +208,12 @@ def _windows(
     sides = [side for p in reversed(geometry.padding) for side in (p, p)]
     # A filter that doesn't fit in evenly leaves a margin out, or has one in a transposed one.
     padded = F.pad(image, sides) if any(sides) else image
-    n, batch, channels, *steps = padded.stride()
-    windows = padded.as_strided(
-        (*image.shape[:1], image.shape[2], *kernel, image.shape[1], *positions),
-        (
-            n,
-            channels,
-            *(step * d for step, d in zip(steps, geometry.dilation, strict=True)),
-            batch,
-            *(step * s for step, s in zip(steps, geometry.stride, strict=True)),
-        ),
-        padded.storage_offset(),
-    )
-    spatial = len(kernel)
+    windows = padded
+    for axis, (size, count) in enumerate(zip(kernel, positions, strict=True), start=3):
+        step, apart = geometry.stride[axis - 3], geometry.dilation[axis - 3]
+        windows = windows.unfold(axis, apart * (size - 1) + 1, step)[..., ::apart]
+        windows = windows.narrow(axis, 0, count)
+    spatial = len(kernel)  # (N, B, C, positions, k), every step relative to what was there
+    order = (0, 2, *range(3 + spatial, 3 + 2 * spatial), 1, *range(3, 3 + spatial))
+    windows = windows.permute(order)
     return windows.flatten(2 + spatial).flatten(1, 1 + spatial)
