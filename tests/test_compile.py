@@ -475,3 +475,23 @@ def test_export_with_a_batch_of_any_size() -> None:
     program = torch.export.export(ens, (x,), dynamic_shapes=((size,),))
     x = torch.randn(9, 5, dtype=torch.float64)
     oracles.assert_outputs_equal(program.module()(x), [model(x) for model in models])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of what torch doesn't compile
+def test_a_recurrent_ensemble_runs_outside_of_compilation_afterwards() -> None:
+    torch.manual_seed(0)
+    models = [nn.GRU(3, 4).double() for _ in range(3)]
+    ens = Ensemble(models)
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    ens(x)
+    call = torch.compile(ens, backend="eager")
+    oracles.assert_outputs_equal(call(x), [model(x) for model in models])
+    for model in models:  # its list of weights is no state, of which a copy were kept
+        with torch.no_grad():
+            model.weight_hh_l0.mul_(1.5)
+    with torch.no_grad():
+        ens.members.weight_hh_l0.mul_(1.5)
+    wanted = [model(x) for model in models]
+    oracles.assert_outputs_equal(ens(x), wanted)
+    oracles.assert_outputs_equal(call(x), wanted)
+    assert not hasattr(ens.members, "_flat_weights")

@@ -227,6 +227,10 @@ def non_persistent_buffers_of(module: nn.Module) -> set[str]:
     return module._non_persistent_buffers_set
 
 
+FLAT_WEIGHTS: Final = frozenset({"_flat_weights", "_flat_weight_refs"})
+"""What a recurrent layer keeps of its own parameters, and makes anew when it finds others."""
+
+
 def trust_flat_weights(module: nn.RNNBase) -> None:
     """Let a recurrent layer take its flat list of weights as it stands.
 

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 
 from torch import Tensor, nn
 
-from unisono.engine.axis import buffers_of, parameters_of
+from unisono.engine.axis import FLAT_WEIGHTS, buffers_of, parameters_of
 from unisono.engine.parts import Call
 from unisono.engine.pool import Pool
 from unisono.engine.traced.tree import filled, inputs_of, tensors_of
@@ -168,7 +168,9 @@ def _undo(path: str, module: nn.Module, before: dict[str, _Kept]) -> list[Write]
             delattr(module, key)
             continue
         kept = before[key]
-        if value is not kept.own or (value is not kept.value and differ(value, kept.value)):
+        if isinstance(module, nn.RNNBase) and key in FLAT_WEIGHTS:
+            pass  # no state, but the parameters of this call
+        elif value is not kept.own or (value is not kept.value and differ(value, kept.value)):
             writes.append(Write(path, key, "attribute", value))
         if value is not kept.value:
             setattr(module, key, kept.value)
