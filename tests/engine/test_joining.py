@@ -216,6 +216,33 @@ def test_threads_never_write_to_one_memory() -> None:
     assert not wrong
 
 
+class Looks(nn.Module):
+    """Rows of a table with sparse gradients, or the whole table where a buffer says so."""
+
+    def __init__(self, is_whole: bool = False) -> None:
+        super().__init__()
+        self.table = nn.Embedding(6, 3, sparse=True).double()
+        self.register_buffer("is_whole", torch.tensor(is_whole))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.table.weight.square().sum() if self.is_whole else self.table(ids).square().sum()
+
+
+@pytest.mark.parametrize("whole", [(), (1,), (0, 1, 2)], ids=["none", "one", "all"])
+def test_sparse_gradients(whole: tuple[int, ...]) -> None:
+    models = [Looks(i in whole) for i in range(3)]
+    ens = Ensemble(models, strategy="loop")
+    ids = torch.tensor([0, 4, 4])
+    ens(ids).sum().backward()
+    gradient = ens.members.get_parameter("table.weight").grad
+    assert isinstance(gradient, Tensor)
+    assert gradient.is_sparse == (not whole)
+    for own, model in zip(gradient.to_dense(), models, strict=True):
+        model(ids).backward()
+        assert model.table.weight.grad is not None
+        torch.testing.assert_close(own, model.table.weight.grad.to_dense())
+
+
 class Told(nn.Module):
     """Says when the backward of a member begins."""
 

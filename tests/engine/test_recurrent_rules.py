@@ -137,7 +137,7 @@ def test_small_and_many_take_each_step_together(kind: str, grad: bool) -> None:
         with torch.set_grad_enabled(grad):
             assert rule_of(ens, x) == ("rule", kind)
             calls[n], _ = count_products(lambda ens=ens: ens(x))
-    # Two are none too many for torch's own op, in which there are products of two axes only.
+    # Two members run by torch's own op, in which there are no batched products.
     assert calls == {2: 0, N: T + 1}
 
 

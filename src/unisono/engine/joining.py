@@ -175,8 +175,9 @@ class _Members(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
         joint = ctx.joint
-        if torch.is_grad_enabled():  # this gradient will itself be differentiated
-            return torch.stack([_or_zero(g, joint.like[0]) for g in grads]), None
+        # It will itself be differentiated, or is sparse, as that of `nn.Embedding(sparse=True)`.
+        if torch.is_grad_enabled() or any(g is not None and _is_sparse(g) for g in grads):
+            return _stacked([_or_zero(g, joint.like[0]) for g in grads]), None
         for i, gradient in enumerate(grads):
             joint.write(i, gradient)
         return joint.finish(), None
@@ -196,7 +197,7 @@ class _Row(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or _is_sparse(gradient):
             return gradient, None, None
         row: Tensor = ctx.joint.write(ctx.i, gradient)
         return row, None, None
@@ -208,3 +209,14 @@ def _fits(room: Tensor, like: Tensor) -> bool:
 
 def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if gradient is None else gradient
+
+
+def _is_sparse(gradient: Tensor) -> bool:
+    return gradient.layout is not torch.strided
+
+
+def _stacked(rows: list[Tensor]) -> Tensor:
+    """Sparse if all of them are."""
+    if any(map(_is_sparse, rows)) and not all(map(_is_sparse, rows)):
+        rows = [row.to_dense() for row in rows]
+    return torch.stack(rows)

@@ -168,9 +168,11 @@ def _undo(path: str, module: nn.Module, before: dict[str, _Kept]) -> list[Write]
             delattr(module, key)
             continue
         kept = before[key]
-        if isinstance(module, nn.RNNBase) and key in FLAT_WEIGHTS:
-            pass  # no state, but the parameters of this call
-        elif value is not kept.own or (value is not kept.value and differ(value, kept.value)):
+        is_changed = value is not kept.own or (
+            value is not kept.value and differ(value, kept.value)
+        )
+        # A recurrent layer's list of its weights is no state, but the parameters of this call.
+        if is_changed and not (isinstance(module, nn.RNNBase) and key in FLAT_WEIGHTS):
             writes.append(Write(path, key, "attribute", value))
         if value is not kept.value:
             setattr(module, key, kept.value)
