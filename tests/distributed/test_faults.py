@@ -73,18 +73,12 @@ def test_a_rank_that_hangs(undisturbed, tmp_path, rank):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("fault", "line"),
-    [
-        # The other one may be ended by torchrun before it has said that it has no answer.
-        ("kill:1:5", "exitcode: -9"),
-        ("stop:0:5", "fit: rank 1 has no answer from the others"),
-    ],
-)
+@pytest.mark.parametrize(("fault", "line"), [("kill:1:5", "exitcode: -9"), ("stop:0:5", "5000ms")])
 def test_a_replica_that_dies_or_hangs(tmp_path, fault, line):
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     Job(undisturbed, environment={"DATA": "2"}).finish(100)
     said = Job(disturbed, fault=fault, seconds=5, environment={"DATA": "2"}).finish(150)
+    assert "has no answer from the others" in said
     assert line in said
     assert_equal(disturbed, undisturbed)
 
