@@ -729,6 +729,14 @@ _CASES: dict[str, Case] = {
         floats(B, 2, 8, 8, 8),
         frozenset({"conv1d", "conv2d", "conv3d", *POOLING}),
     ),
+    "pooling-large": Case(
+        lambda: nn.Sequential(
+            *(nn.Conv2d(2, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.AvgPool2d(3, 1, 1)),
+            *(nn.AdaptiveAvgPool2d(8), nn.Conv2d(16, 2, 8)),
+        ),
+        floats(B, 2, 66, 66),
+        _CONV2D | {"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"},
+    ),
     "conv-large": Case(
         lambda: nn.Sequential(nn.Conv2d(8, 32, 3, padding=1), nn.BatchNorm2d(32)),
         floats(B, 8, 32, 32),

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final
 
 import torch
 
 from unisono.engine.axis import Operand, Rule
+from unisono.engine.rules.avg_pool import avg_pool
 from unisono.engine.rules.layout import (
     batch_lies_outside,
     folded,
@@ -22,6 +24,8 @@ from unisono.engine.rules.layout import (
     members_first,
     unfolded,
 )
+from unisono.engine.rules.max_pool import max_pool
+from unisono.engine.rules.windows import along_axes
 
 POOLING: Final = tuple(
     f"{kind}_pool{d}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for d in (1, 2, 3)
@@ -49,11 +53,15 @@ def spatial(op: str) -> Rule:
     assert match is not None
     dims = int(match[1])  # max_pool2d
 
-    is_average = name.startswith("adaptive_avg_pool")
+    pools: dict[str, Callable[..., torch.Tensor]] = {
+        f"max_pool{dims}d": partial(max_pool, dims),
+        f"avg_pool{dims}d": partial(avg_pool, dims),
+        f"adaptive_avg_pool{dims}d": partial(_adaptive_average, dims),
+    }
+    run = pools.get(name, run)
 
     def rule(n: int, x: Operand, *options: Any) -> Operand | list[Operand | None] | None:
-        is_mean = is_average and _is_mean(x[0], options[0])
-        return _fold(_mean if is_mean else run, n, x, dims, options)
+        return _fold(run, n, x, dims, options)
 
     rule.__name__ = name
     return rule
@@ -93,6 +101,19 @@ def cat(n: int, tensors: Sequence[Operand], dim: int = 0) -> Operand | None:
     ]  # (B, N, *)
     dim = dim % rank
     return torch.cat(values, dim + (dim > 0)), 1
+
+
+def _adaptive_average(dims: int, x: torch.Tensor, size: int | Sequence[int]) -> torch.Tensor:
+    """What ``adaptive_avg_poolNd`` does: a mean, or an average pool, where it is one."""
+    size = along_axes(size, dims)
+    if _is_mean(x, size):
+        return _mean(x, size)
+    positions = x.shape[x.dim() - dims :]
+    divides = all(0 < k <= s and s % k == 0 for s, k in zip(positions, size, strict=True))
+    if divides and max(size) > 1 and not torch.compiler.is_exporting():
+        return avg_pool(dims, x, [s // k for s, k in zip(positions, size, strict=True)])
+    pooled: torch.Tensor = getattr(torch.ops.aten, f"adaptive_avg_pool{dims}d").default(x, size)
+    return pooled
 
 
 def _is_mean(x: torch.Tensor, size: Sequence[int]) -> bool:

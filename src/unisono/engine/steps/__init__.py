@@ -17,6 +17,7 @@ from unisono.engine.steps.layers import LAYERS
 from unisono.engine.steps.pairs import joined as joined
 from unisono.engine.steps.pairs import pays_to_fold as pays_to_fold
 from unisono.engine.steps.pooling import POOLS
+from unisono.engine.steps.pooling import WINDOW_POOLS as WINDOW_POOLS
 from unisono.engine.steps.step import Look as Look
 from unisono.engine.steps.step import Step as Step
 

@@ -14,6 +14,7 @@ from unisono.engine.steps.step import Look, Step
 _AVERAGE: Final = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
 _MAX: Final = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
 MAX_POOLS: Final = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+WINDOW_POOLS: Final = (*MAX_POOLS, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 
 
 def _pool(op: str, *names: str) -> Callable[[Any], Step | None]:
