@@ -466,6 +466,7 @@ def test_an_encoder_layer_beyond_the_cache_is_torchs_own_op(
 ) -> None:
     module = importlib.import_module("unisono.engine.rules.native_attention")
     monkeypatch.setattr(module, "_CACHED", 1)
+    monkeypatch.setattr(module, "_SMALL", 1)
     layers = [nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).double().eval() for _ in "abc"]
     xs = torch.randn(3, 2, 5, 4, dtype=torch.float64)
     padding = torch.tensor([[False] * 5, [False, False, True, True, True]])

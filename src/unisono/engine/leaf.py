@@ -220,7 +220,7 @@ class Chain:
         is_own = False
         k, steps = 0, self._steps
         while k < len(steps):
-            module, _, activation, is_view, _, with_next = steps[k]
+            module, _, activation, is_view, _, with_next, _ = steps[k]
             if activation is None:
                 x = module(x)
                 is_own = is_own or not is_view
@@ -257,7 +257,7 @@ class Chain:
         is_own = is_product = False
         k, steps = first, self._steps
         while k < len(steps):
-            _, run, activation, is_view, makes_product, with_next = steps[k]
+            _, run, activation, is_view, makes_product, with_next, overwriting = steps[k]
             writes_to_given = activation is not None and activation.overwrites and not is_own
             if with_next is not None and not writes_to_given:
                 result = with_next(n, x, look)
@@ -276,6 +276,8 @@ class Chain:
                     x, is_own = (activation.out_of_place(x[0]), x[1]), True
                 is_product, k = False, k + 1
                 continue
+            if overwriting is not None and is_own and not grad:
+                run = overwriting
             assert run is not None
             result = run(n, x, look)
             if result is None:

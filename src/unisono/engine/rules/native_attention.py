@@ -17,6 +17,9 @@ from unisono.engine.axis import Operand
 from unisono.engine.rules.layout import for_each_member, unfolded
 
 _CACHED = 1 << 20  # bytes, for the queries, keys and values of the members that run at once
+# From so many bytes of all queries, keys and values on a layer runs in so many pieces, to take no
+# more memory than the members one after another; the second is for an input that is overwritten.
+_SMALL, _PIECES = 1 << 18, (4, 2)
 
 _native_layer: Callable[..., Tensor] = torch._transformer_encoder_layer_fwd
 _CAUSAL, _PADDING, _FULL = 0, 1, 2  # what a mask is: (T, S), (B, S) or (B, H, T, S)
@@ -88,11 +91,14 @@ def encoder_layer(
     bias2: Operand,
     mask: Operand | None = None,
     mask_type: int | None = None,
+    *,
+    overwrites: bool = False,
 ) -> Operand | None:
     """One Transformer encoder layer of all members, (N, B, T, E) -> (N, B, T, E).
 
     So many members at a time as keep what lies between input and output in the processor's cache;
     a single one by torch's own op, which has no pass of its own for scale and shift of the norms.
+    With ``overwrites`` the input has no other reader, and its memory may hold the result.
     """
     weights = (
         *(qkv_weight, qkv_bias, weight, bias),
@@ -103,22 +109,23 @@ def encoder_layer(
         return None
     value = for_each_member(x, n)
     own = [for_each_member(operand, n) for operand in weights]
-    size = max(1, min(n, _CACHED * n // (3 * value.nbytes)))
-    if size < n and value.device.type != "cpu":
+    overwrites = overwrites and x[1] is not None
+    y = value if overwrites else value.new_empty(value.shape)
+    size = _members_at_once(n, 3 * value.nbytes, overwrites=overwrites)
+    if value.device.type != "cpu":
         size = n
     if size == 1:
         masks = [None] * n if mask is None else for_each_member(mask, n).unbind()
         before, between = (embed_dim, num_heads), (use_gelu, norm_first, eps)
         columns: Iterator[Any] = zip(
-            value.unbind(), masks, *(tensor.unbind() for tensor in own), strict=True
+            value.unbind(), y.unbind(), masks, *(tensor.unbind() for tensor in own), strict=True
         )
-        ys = [
-            _native_layer(own_x, *before, *w[:4], *between, *w[4:], own_mask, mask_type)
-            for own_x, own_mask, *w in columns
-        ]
-        return torch.stack(ys), 0
+        for own_x, own_y, own_mask, *w in columns:
+            own_y.copy_(
+                _native_layer(own_x, *before, *w[:4], *between, *w[4:], own_mask, mask_type)
+            )
+        return y, 0
     blocked = None if mask is None else _blocked(mask, n, value.shape[1], mask_type)
-    y = value.new_empty(value.shape)
     options = (num_heads, eps, use_gelu, norm_first)
     if size == n:
         _encode(value, own, blocked, y, *options)
@@ -130,6 +137,13 @@ def encoder_layer(
         mine = blocked if blocked is None or len(blocked) == 1 else blocked[examples]
         _encode(value[some], [tensor[some] for tensor in own], mine, y[some], *options)
     return y, 0
+
+
+def _members_at_once(n: int, nbytes: int, *, overwrites: bool) -> int:
+    """How many members run at once; the bytes are those of all queries, keys and values."""
+    if nbytes <= _SMALL:
+        return n
+    return max(1, min(_CACHED * n // nbytes, -(-n // _PIECES[overwrites])))
 
 
 def _encode(
@@ -152,8 +166,9 @@ def _encode(
         return torch.addcmul(shift, y, scale, out=y if out is None else out)
 
     rows = x.reshape(n, batch * length, embed_dim)
-    y = normed(rows, n1w, n1b) if norm_first else rows
-    q, k, v = _heads(y.view(x.shape), w_qkv, b_qkv, num_heads)
+    seen = normed(rows, n1w, n1b) if norm_first else rows
+    q, k, v = _heads(seen.view(x.shape), w_qkv, b_qkv, num_heads)
+    del seen
     y = _attend(q, k, v, blocked).reshape(rows.shape)
     del q, k, v  # the largest tensor of the layer
     rows = (rows + b.unsqueeze(1)).baddbmm_(y, w.mT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -125,16 +126,16 @@ def _encoder_layer(module: Any) -> Step | None:
     sizes: Any = (attention.embed_dim, attention.num_heads)
     options = (module.activation_relu_or_gelu == 2, module.norm_first, module.norm1.eps)
 
-    def run(n: int, x: Operand, look: Look) -> Operand | None:
+    def run(n: int, x: Operand, look: Look, *, overwrites: bool = False) -> Operand | None:
         if torch.is_grad_enabled() or module.training:
             return None
         if not torch.backends.mha.get_fastpath_enabled():
             return None
         weights: Any = [look(own[name]) for own, name in names]
         layer: Callable[..., Operand | None] = encoder_layer
-        return layer(n, x, *sizes, *weights[:4], *options, *weights[4:])
+        return layer(n, x, *sizes, *weights[:4], *options, *weights[4:], overwrites=overwrites)
 
-    return Step(module, run)
+    return Step(module, run, overwriting=partial(run, overwrites=True))
 
 
 LAYERS: Final[Mapping[type[nn.Module], Callable[[Any], Step | None]]] = {

@@ -35,6 +35,7 @@ class Step(NamedTuple):
         is_view: Whether its result may lie in the memory of its input.
         is_product: Whether its result is a product of matrices, which backward doesn't need.
         with_next: What it and the next layer do together.
+        overwriting: What it does without gradients to an input that has no other reader.
     """
 
     module: nn.Module
@@ -43,6 +44,7 @@ class Step(NamedTuple):
     is_view: bool = False
     is_product: bool = False
     with_next: Run | None = None
+    overwriting: Run | None = None
 
 
 def parameter_of(own: Mapping[str, Tensor | None], name: str, look: Look) -> Operand | None:
