@@ -105,21 +105,21 @@ def contenders(layer: Layer, backward: bool) -> dict[str, Contender]:
     assert isinstance(weight, Tensor)
     pairs = list(zip(models, own, strict=True))
     return {
-        LOOP: _contender(
+        LOOP: layer_contender(
             lambda: [model(x) for model, x in pairs], own, [m.weight for m in models], backward
         ),
-        VMAP: _contender(lambda: [mapped(theirs, weights)], [theirs], [weights], backward),
-        UNISONO: _contender(lambda: [ens(per_member(ours))], [ours], [weight], backward),
+        VMAP: layer_contender(lambda: [mapped(theirs, weights)], [theirs], [weights], backward),
+        UNISONO: layer_contender(lambda: [ens(per_member(ours))], [ours], [weight], backward),
     }
 
 
-def _contender(
+def layer_contender(
     forward: Callable[[], list[Tensor]],
     inputs: list[Tensor],
     weights: list[Tensor],
     backward: bool,
 ) -> Contender:
-    """What runs ``forward``, in training with the gradients of inputs and weights."""
+    """What runs ``forward``, in training with the gradients of inputs and weights, if any."""
     leaves = [*inputs, *weights]
 
     def step() -> list[Tensor]:
@@ -130,7 +130,8 @@ def _contender(
         return outputs
 
     def gradients() -> dict[str, Tensor]:
-        return {"inputs": _whole(inputs), "weights": _whole(weights)}
+        leaves = {"inputs": inputs, "weights": weights}
+        return {name: _whole(own) for name, own in leaves.items() if own}
 
     def whole(outputs: list[Tensor]) -> Tensor:
         return outputs[0] if len(outputs) == 1 else torch.stack(outputs)

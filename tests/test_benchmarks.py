@@ -14,6 +14,7 @@ from benchmarks import (
     convolutions,
     epoch_contenders,
     measure,
+    pooling,
     predict,
     recurrent,
     table,
@@ -275,6 +276,30 @@ def test_convolutions_of_all_contenders_are_those_of_the_loop(layer, backward):
     *_, loop, vmap = found.strip(" |").split(" | ")
     assert float(loop) > 0
     assert float(vmap) > 0
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "training"])
+@pytest.mark.parametrize("kind", pooling.KINDS)
+@pytest.mark.parametrize("pool", pooling.POOLS, ids=lambda pool: pool.name)
+def test_pools_of_all_contenders_are_those_of_the_loop(pool, kind, backward):
+    small = pool._replace(batch=2, channels=2)
+    found = pooling.row(kind, small, backward, rounds=1, seconds=0)
+    *_, loop, vmap = found.strip(" |").split(" | ")
+    assert float(loop) > 0
+    assert float(vmap) > 0
+
+
+def test_a_pool_that_differs_is_not_timed(monkeypatch):
+    make = pooling.contenders
+
+    def broken(*args):
+        found = make(*args)
+        found[UNISONO].outputs = lambda outputs: outputs[0] + 1
+        return found
+
+    monkeypatch.setattr(pooling, "contenders", broken)
+    with pytest.raises(AssertionError, match="outputs differ"):
+        pooling.row("max", pooling.POOLS[0], False, rounds=1, seconds=0)
 
 
 def test_a_convolution_that_differs_is_not_timed(monkeypatch):
