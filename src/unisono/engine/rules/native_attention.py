@@ -6,8 +6,9 @@ so what is computed here is written to where it was read from wherever the memor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +18,8 @@ from unisono.engine.axis import Operand
 from unisono.engine.rules.layout import for_each_member, unfolded
 
 _CACHED = 1 << 20  # bytes, for the queries, keys and values of the members that run at once
-# From so many bytes of all queries, keys and values on a layer runs in so many pieces, to take no
-# more memory than the members one after another; the second is for an input that is overwritten.
-_SMALL, _PIECES = 1 << 18, (4, 2)
+_SMALL = 1 << 18  # bytes, for the same, up to which nobody minds what a layer takes
+_ROOM = 2.3  # times the bytes of the input, for what a larger layer takes besides its result
 
 _native_layer: Callable[..., Tensor] = torch._transformer_encoder_layer_fwd
 _CAUSAL, _PADDING, _FULL = 0, 1, 2  # what a mask is: (T, S), (B, S) or (B, H, T, S)
@@ -109,9 +109,9 @@ def encoder_layer(
         return None
     value = for_each_member(x, n)
     own = [for_each_member(operand, n) for operand in weights]
-    overwrites = overwrites and x[1] is not None
+    overwrites = overwrites and x[1] == 0 and value.is_contiguous()
     y = value if overwrites else value.new_empty(value.shape)
-    size = _members_at_once(n, 3 * value.nbytes, overwrites=overwrites)
+    size = max(1, min(n, _CACHED * n // (3 * value.nbytes)))
     if value.device.type != "cpu":
         size = n
     if size == 1:
@@ -126,62 +126,83 @@ def encoder_layer(
             )
         return y, 0
     blocked = None if mask is None else _blocked(mask, n, value.shape[1], mask_type)
-    options = (num_heads, eps, use_gelu, norm_first)
-    if size == n:
-        _encode(value, own, blocked, y, *options)
-        return y, 0
-    batch = value.shape[1]
-    for start in range(0, n, size):
-        some = slice(start, start + size)
-        examples = slice(start * batch, (start + size) * batch)
-        mine = blocked if blocked is None or len(blocked) == 1 else blocked[examples]
-        _encode(value[some], [tensor[some] for tensor in own], mine, y[some], *options)
+    layer = _Layer(num_heads, eps, use_gelu, norm_first, own)
+    for part, of_x, of_y, of_mask in _parts(size, layer, value, y, blocked):
+        _encode(part, of_x, of_mask, of_y)
     return y, 0
 
 
-def _members_at_once(n: int, nbytes: int, *, overwrites: bool) -> int:
-    """How many members run at once; the bytes are those of all queries, keys and values."""
-    if nbytes <= _SMALL:
-        return n
-    return max(1, min(_CACHED * n // nbytes, -(-n // _PIECES[overwrites])))
+class _Layer(NamedTuple):
+    """Options and weights of one encoder layer, each of the weights with the members in front."""
+
+    num_heads: int
+    eps: float
+    use_gelu: bool
+    norm_first: bool
+    weights: Sequence[Tensor]
+
+    def attend(self, x: Tensor, blocked: Tensor | None, out: Tensor) -> None:
+        """Write ``x + attention(x)`` into ``out``, (N, B, T, E), which may be ``x``."""
+        w_qkv, b_qkv, w, b, scale, shift = self.weights[:6]
+        rows = x.reshape(len(x), -1, x.shape[-1])  # (N, B * T, E)
+        seen = self._normed(rows, scale, shift) if self.norm_first else rows
+        q, k, v = _heads(seen.view(x.shape), w_qkv, b_qkv, self.num_heads)
+        del seen
+        y = _attend(q, k, v, blocked).reshape(rows.shape)
+        del q, k, v  # the largest tensor of the layer
+        torch.add(rows, b.unsqueeze(1), out=out.view(rows.shape)).baddbmm_(y, w.mT)
+
+    def feed_forward(self, x: Tensor) -> None:
+        """Add to ``x``, (N, B, T, E), what the two linear layers make of it."""
+        scale1, shift1, scale2, shift2, w1, b1, w2, b2 = self.weights[4:]
+        rows = x.view(len(x), -1, x.shape[-1])
+        if self.norm_first:
+            y = self._normed(rows, scale2, shift2)
+        else:
+            y = self._normed(rows, scale1, shift1, rows)
+        hidden = torch.baddbmm(b1.unsqueeze(1), y, w1.mT)
+        del y
+        hidden = torch.ops.aten.gelu_(hidden) if self.use_gelu else hidden.relu_()
+        rows.add_(b2.unsqueeze(1)).baddbmm_(hidden, w2.mT)
+        del hidden
+        if not self.norm_first:
+            self._normed(rows, scale2, shift2, rows)
+
+    def _normed(
+        self, rows: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        y = F.layer_norm(rows, rows.shape[-1:], eps=self.eps)
+        out = y if out is None else out
+        return torch.addcmul(shift.unsqueeze(1), y, scale.unsqueeze(1), out=out)
 
 
-def _encode(
-    x: Tensor,
-    weights: list[Tensor],
-    blocked: Tensor | None,
-    out: Tensor,
-    num_heads: int,
-    eps: float,
-    use_gelu: bool,
-    norm_first: bool,
-) -> None:
-    """Write one layer of (N, B, T, E) into ``out``; ``rows += b; rows += y @ w`` in place."""
-    n, batch, length, embed_dim = x.shape
-    w_qkv, b_qkv, w, b, *norms, w1, b1, w2, b2 = weights
-    n1w, n1b, n2w, n2b = (norm.unsqueeze(1) for norm in norms)
+def _encode(layer: _Layer, x: Tensor, blocked: Tensor | None, out: Tensor) -> None:
+    """Write one layer of (N, B, T, E) into ``out``, in hardly more memory than one by one."""
+    n = len(x)
+    at_once = [n, n]
+    if 3 * x.nbytes > _SMALL and x.device.type == "cpu":
+        inner = layer.weights[8].shape[1] / x.shape[-1] + layer.norm_first
+        at_once = [-(-n // math.ceil(need / _ROOM)) for need in (4, inner)]
+    for part, of_x, of_y, of_mask in _parts(at_once[0], layer, x, out, blocked):
+        part.attend(of_x, of_mask, of_y)
+    for part, _, of_y, _ in _parts(at_once[1], layer, x, out, None):
+        part.feed_forward(of_y)
 
-    def normed(y: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
-        y = F.layer_norm(y, (embed_dim,), eps=eps)
-        return torch.addcmul(shift, y, scale, out=y if out is None else out)
 
-    rows = x.reshape(n, batch * length, embed_dim)
-    seen = normed(rows, n1w, n1b) if norm_first else rows
-    q, k, v = _heads(seen.view(x.shape), w_qkv, b_qkv, num_heads)
-    del seen
-    y = _attend(q, k, v, blocked).reshape(rows.shape)
-    del q, k, v  # the largest tensor of the layer
-    rows = (rows + b.unsqueeze(1)).baddbmm_(y, w.mT)
-    if not norm_first:
-        rows = normed(rows, n1w, n1b)
-    y = normed(rows, n2w, n2b) if norm_first else rows
-    hidden = torch.baddbmm(b1.unsqueeze(1), y, w1.mT)
-    hidden = torch.ops.aten.gelu_(hidden) if use_gelu else hidden.relu_()
-    rows = rows.add_(b2.unsqueeze(1)).baddbmm_(hidden, w2.mT)
-    if norm_first:
-        out.copy_(rows.view(x.shape))
-    else:
-        normed(rows, n2w, n2b, out.view(rows.shape))
+def _parts(
+    size: int, layer: _Layer, x: Tensor, y: Tensor, blocked: Tensor | None
+) -> Iterator[tuple[_Layer, Tensor, Tensor, Tensor | None]]:
+    """Layer, input, result and mask of so many members at a time."""
+    n, batch = x.shape[:2]
+    if size >= n:
+        yield layer, x, y, blocked
+        return
+    for start in range(0, n, size):
+        some = slice(start, start + size)
+        part = layer._replace(weights=[tensor[some] for tensor in layer.weights])
+        examples = slice(start * batch, (start + size) * batch)
+        mine = blocked if blocked is None or len(blocked) == 1 else blocked[examples]
+        yield part, x[some], y[some], mine
 
 
 def _is_plain(mask: Operand | None, x: Operand, *operands: Operand) -> bool:
