@@ -316,3 +316,10 @@ def test_what_differs_in_an_average_is_by_what_it_pays() -> None:
     given = x.clone().requires_grad_()
     assert "_AvgPool" not in own_ops(lambda: avg_pool(2, given, 4))
     assert "_AvgPool" in own_ops(lambda: avg_pool(2, given, 3, 1))
+
+
+def test_as_many_operations_as_a_large_window_needs_have_to_pay() -> None:
+    x = drawn(1, 3, 224, 224)
+    for pool in (max_pool, avg_pool):
+        assert own_ops(lambda pool=pool: pool(2, x, 224))  # 448 operations, for 150,528 steps
+    assert not own_ops(lambda: max_pool(2, x, 3, 2))

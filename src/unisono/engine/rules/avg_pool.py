@@ -10,13 +10,21 @@ import torch
 from torch import Tensor
 
 from unisono.engine.axis import is_observed
-from unisono.engine.rules.windows import Windows, along_axes, count_steps, reduced, windows_of
+from unisono.engine.rules.windows import (
+    Windows,
+    along_axes,
+    count_operations,
+    count_steps,
+    reduced,
+    windows_of,
+)
 
 _aten: Final = torch.ops.aten
 _POOLS: Final = {d: getattr(_aten, f"avg_pool{d}d").default for d in (1, 2, 3)}
-# With so few additions torch is as fast, and in large windows that hardly overlap, of which it sums
-# whole rows; measured on 2 AVX-512 cores. The second number is for calls with gradients.
-_FEW: Final = (1 << 16, 1 << 18)
+# With so few additions for each operation of ours torch is as fast, and with large windows that
+# hardly overlap, of which it sums whole rows; measured on 2 AVX-512 cores. The second number is for
+# calls with gradients.
+_FEW: Final = (1 << 14, 1 << 16)
 _LARGE: Final = (5, 3)
 _OVERLAP: Final = (1.5, 2.2)  # windows in which an element is
 
@@ -75,7 +83,8 @@ def _pays(x: Tensor, axes: Sequence[Windows], *, with_gradients: bool) -> bool:
     steps = count_steps(x, axes)
     overlaps = steps >= _OVERLAP[with_gradients] * x.numel()
     is_small = max(axis.kernel for axis in axes) < _LARGE[with_gradients]
-    return steps >= _FEW[with_gradients] and (overlaps or is_small)
+    is_large = steps >= _FEW[with_gradients] * count_operations(axes)
+    return is_large and (overlaps or is_small)
 
 
 def _means(x: Tensor, axes: Sequence[Windows], divisor: Divisor) -> Tensor:

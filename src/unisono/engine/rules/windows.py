@@ -108,6 +108,11 @@ def count_steps(x: Tensor, axes: Sequence[Windows]) -> int:
     return math.prod(x.shape[: -len(axes)]) * windows
 
 
+def count_operations(axes: Sequence[Windows]) -> int:
+    """How many operations `reduced` takes."""
+    return sum(axis.kernel for axis in axes if not axis.is_trivial())
+
+
 def reduced(x: Tensor, axes: Sequence[Windows], combine: Combine, neutral: float) -> Tensor:
     """Combine the elements of each window, in new memory.
 
