@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import itertools
 from collections.abc import Callable, Iterator
@@ -151,6 +152,17 @@ def test_wrong_options_and_inputs_are_torchs_to_refuse() -> None:
             empty = drawn(*shape)
             wanted = outcome(pool, empty, 2)
             agree(outcome(ours, 2, empty, 2), wanted, exactly=True)
+
+
+def test_wrong_sizes_of_an_adaptive_pool_are_refused_as_by_a_member() -> None:
+    model = nn.AdaptiveAvgPool2d(2)
+    ens = Ensemble([model, copy.deepcopy(model)], strategy="fused")
+    for x in (drawn(6), drawn(6, 6)):  # members are no channels
+        for given, plain in ((x, x), (per_member(torch.stack([x, x])), x)):
+            assert isinstance(outcome(model, plain), str)
+            assert isinstance(outcome(ens, given), str)
+    x = drawn(2, 3, 7, 6)  # 7 is no multiple of 2
+    torch.testing.assert_close(ens(x)[1], model(x))
 
 
 @pytest.mark.usefixtures("any_size")

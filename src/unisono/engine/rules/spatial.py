@@ -108,10 +108,12 @@ def _adaptive_average(dims: int, x: torch.Tensor, size: int | Sequence[int]) -> 
     size = along_axes(size, dims)
     if _is_mean(x, size):
         return _mean(x, size)
-    positions = x.shape[x.dim() - dims :]
-    divides = all(0 < k <= s and s % k == 0 for s, k in zip(positions, size, strict=True))
-    if divides and max(size) > 1 and not torch.compiler.is_exporting():
-        return avg_pool(dims, x, [s // k for s, k in zip(positions, size, strict=True)])
+    # With sizes that aren't fixed, as in an export, nothing may depend on what divides them.
+    if type(x) is torch.Tensor and x.device.type == "cpu" and x.dim() > len(size) == dims:
+        positions = x.shape[x.dim() - dims :]
+        columns = list(zip(positions, size, strict=True))
+        if max(size) > 1 and all(0 < k <= s and s % k == 0 for s, k in columns):
+            return avg_pool(dims, x, [s // k for s, k in columns])
     pooled: torch.Tensor = getattr(torch.ops.aten, f"adaptive_avg_pool{dims}d").default(x, size)
     return pooled
 
@@ -142,6 +144,8 @@ def _fold(
 ) -> Operand | list[Operand | None] | None:
     """Run with the members folded into batch or channels; without either, with N as the batch."""
     value, dim = x
+    if dim is not None and value.dim() - 1 <= dims:
+        return None  # without channels; the members would be taken for them
     folds = dim is not None and value.dim() - 1 == dims + 2
     where = 1 if folds and batch_lies_outside(x) else 0
     y = run(folded(x, where, n) if folds else members_first(x), *options)
