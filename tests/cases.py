@@ -731,10 +731,10 @@ _CASES: dict[str, Case] = {
     ),
     "pooling-large": Case(
         lambda: nn.Sequential(
-            *(nn.Conv2d(2, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.AvgPool2d(3, 1, 1)),
-            *(nn.AdaptiveAvgPool2d(8), nn.Conv2d(16, 2, 8)),
+            *(nn.Conv2d(2, 20, 3), nn.ReLU(), nn.MaxPool2d(2), nn.AvgPool2d(3, 1, 1)),
+            *(nn.AdaptiveAvgPool2d(2), nn.Conv2d(20, 2, 2)),
         ),
-        floats(B, 2, 66, 66),
+        floats(B, 2, 34, 34),
         _CONV2D | {"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"},
     ),
     "conv-large": Case(
