@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable
 from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.contenders import LOOP, UNISONO, VMAP, Contender
-from benchmarks.measure import TOLERANCE, assert_equal, results, time_in_turns
+from benchmarks.layers import layer_contender, table_head, timed_row
 from benchmarks.predict import describe_run
 from unisono import Ensemble, per_member
 
@@ -66,8 +65,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10, help="for the rounds of one layer")
     options = parser.parse_args()
     print(f"{describe_run(options)}\n", flush=True)
-    print("| layer | | loop, ms | vmap | unisono | loop / unisono | vmap / unisono |")
-    print("|---|---|---|---|---|---|---|")
+    print(table_head("layer"), flush=True)
     for layer in LAYERS:
         if options.only in layer.name:
             for backward in (False, True):
@@ -76,15 +74,7 @@ def main() -> None:
 
 def row(layer: Layer, backward: bool, rounds: int, seconds: float) -> str:
     """A line of the table."""
-    ready = contenders(layer, backward)
-    wanted = results(ready[LOOP])
-    for contender in ready.values():
-        assert_equal(results(contender), wanted, TOLERANCE)
-    times = time_in_turns(ready, rounds=rounds, seconds=seconds)
-    loop, vmap, ours = (1e3 * times[name].median for name in (LOOP, VMAP, UNISONO))
-    what = "training" if backward else "forward"
-    ratios = f"{loop / ours:.2f} | {vmap / ours:.2f}"
-    return f"| {layer.name} | {what} | {loop:.3g} | {vmap:.3g} | {ours:.3g} | {ratios} |"
+    return timed_row(layer.name, backward, contenders(layer, backward), rounds, seconds)
 
 
 def contenders(layer: Layer, backward: bool) -> dict[str, Contender]:
@@ -111,40 +101,6 @@ def contenders(layer: Layer, backward: bool) -> dict[str, Contender]:
         VMAP: layer_contender(lambda: [mapped(theirs, weights)], [theirs], [weights], backward),
         UNISONO: layer_contender(lambda: [ens(per_member(ours))], [ours], [weight], backward),
     }
-
-
-def layer_contender(
-    forward: Callable[[], list[Tensor]],
-    inputs: list[Tensor],
-    weights: list[Tensor],
-    backward: bool,
-) -> Contender:
-    """What runs ``forward``, in training with the gradients of inputs and weights, if any."""
-    leaves = [*inputs, *weights]
-
-    def step() -> list[Tensor]:
-        for leaf in leaves:
-            leaf.grad = None
-        outputs = forward()
-        torch.autograd.backward(outputs, [out.detach() for out in outputs])
-        return outputs
-
-    def gradients() -> dict[str, Tensor]:
-        leaves = {"inputs": inputs, "weights": weights}
-        return {name: _whole(own) for name, own in leaves.items() if own}
-
-    def whole(outputs: list[Tensor]) -> Tensor:
-        return outputs[0] if len(outputs) == 1 else torch.stack(outputs)
-
-    if not backward:
-        return Contender(torch.no_grad()(forward), whole)
-    return Contender(step, whole, gradients)
-
-
-def _whole(leaves: list[Tensor]) -> Tensor:
-    """The gradients of all members."""
-    found = [leaf.grad for leaf in leaves if leaf.grad is not None]
-    return found[0] if len(found) == 1 else torch.stack(found)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from benchmarks.contenders import LOOP, UNISONO, VMAP, Contender
-from benchmarks.convolutions import layer_contender
-from benchmarks.measure import TOLERANCE, assert_equal, results, time_in_turns
+from benchmarks.layers import layer_contender, table_head, timed_row
 from benchmarks.predict import describe_run
 from unisono import Ensemble, per_member
 
@@ -59,8 +58,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6, help="for the rounds of one row")
     options = parser.parse_args()
     print(f"{describe_run(options)}\n", flush=True)
-    print("| pool | | loop, ms | vmap | unisono | loop / unisono | vmap / unisono |")
-    print("|---|---|---|---|---|---|---|")
+    print(table_head("pool"), flush=True)
     for kind in KINDS:
         for pool in POOLS:
             for backward in (False, True):
@@ -69,15 +67,8 @@ def main() -> None:
 
 def row(kind: str, pool: Pool, backward: bool, rounds: int, seconds: float) -> str:
     """A line of the table."""
-    ready = contenders(kind, pool, backward)
-    wanted = results(ready[LOOP])
-    for contender in ready.values():
-        assert_equal(results(contender), wanted, TOLERANCE)
-    times = time_in_turns(ready, rounds=rounds, seconds=seconds)
-    loop, vmap, ours = (1e3 * times[name].median for name in (LOOP, VMAP, UNISONO))
-    what = "training" if backward else "forward"
-    ratios = f"{loop / ours:.2f} | {vmap / ours:.2f}"
-    return f"| {kind} {pool.name} | {what} | {loop:.3g} | {vmap:.3g} | {ours:.3g} | {ratios} |"
+    name, ready = f"{kind} {pool.name}", contenders(kind, pool, backward)
+    return timed_row(name, backward, ready, rounds, seconds)
 
 
 def contenders(kind: str, pool: Pool, backward: bool) -> dict[str, Contender]:

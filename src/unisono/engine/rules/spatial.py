@@ -30,6 +30,9 @@ from unisono.engine.rules.windows import along_axes
 POOLING: Final = tuple(
     f"{kind}_pool{d}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for d in (1, 2, 3)
 )
+_ADAPTIVE_AVERAGE: Final = {
+    d: getattr(torch.ops.aten, f"adaptive_avg_pool{d}d").default for d in (1, 2, 3)
+}
 UPSAMPLING: Final = tuple(
     f"{kind}.vec"
     for kind in (
@@ -114,7 +117,7 @@ def _adaptive_average(dims: int, x: torch.Tensor, size: int | Sequence[int]) -> 
         columns = list(zip(positions, size, strict=True))
         if max(size) > 1 and all(0 < k <= s and s % k == 0 for s, k in columns):
             return avg_pool(dims, x, [s // k for s, k in columns])
-    pooled: torch.Tensor = getattr(torch.ops.aten, f"adaptive_avg_pool{dims}d").default(x, size)
+    pooled: torch.Tensor = _ADAPTIVE_AVERAGE[dims](x, size)
     return pooled
 
 

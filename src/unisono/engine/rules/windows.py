@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from unisono.engine.axis import has_tangents, is_transformed
+
+_TINY: Final = 1 << 12  # elements, of which to find out more takes longer than to pool them
 
 Combine = Callable[..., Tensor]
 """`torch.maximum` or `torch.add`."""
@@ -85,6 +87,7 @@ def windows_of(
     """
     if (
         type(x) is not Tensor
+        or x.numel() < _TINY
         or x.dim() not in (dims + 1, dims + 2)
         or x.device.type != "cpu"
         or not x.is_floating_point()
